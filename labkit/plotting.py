@@ -1,0 +1,88 @@
+"""One look for every figure, and the way to show it with a text alternative."""
+
+import base64
+import io
+
+COLORS = {
+    "blue": "#0072B2",
+    "orange": "#D55E00",
+    "green": "#009E73",
+    "pink": "#CC79A7",
+    "sky": "#56B4E9",
+    "yellow": "#E69F00",
+    "gray": "#6E6E6E",
+}
+"""The palette of Okabe and Ito, which color-blind readers can tell apart (yellow darkened)."""
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+HATCHES = ("", "//", "..", "xx", "--", "\\\\", "++")
+
+_STYLE = {
+    "figure.figsize": (7.2, 3.6),
+    "figure.dpi": 110,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "font.size": 10,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+
+def subplots(rows: int = 1, columns: int = 1, **kwargs):
+    """Make a figure and axes in the style of the book.
+
+    Args:
+        rows, columns: panels.
+        kwargs: passed on to `matplotlib.pyplot.subplots`, e.g. `figsize` in inches.
+
+    Returns:
+        `figure, axes`, as `matplotlib.pyplot.subplots` returns them.
+    """
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+    from cycler import cycler
+
+    cycle = cycler(color=list(COLORS.values())) + cycler(marker=MARKERS)
+    with mpl.rc_context({**_STYLE, "axes.prop_cycle": cycle, "lines.markersize": 5}):
+        return plt.subplots(rows, columns, **kwargs)
+
+
+def png(figure) -> bytes:
+    """Render a figure as PNG, and close it."""
+    import matplotlib.pyplot as plt
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=figure.dpi)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def show(figure, alt: str) -> None:
+    """Display a figure with a text alternative that says what it shows.
+
+    The picture is PNG (small, and the same cell compares equal on every machine); the text goes
+    with it as `text/plain` and in the metadata of the picture.
+
+    Args:
+        figure: a matplotlib figure; it is closed.
+        alt: what a reader who cannot see the figure needs to know, one or two sentences.
+
+    Raises:
+        ValueError: if `alt` is shorter than 20 characters.
+    """
+    from IPython.display import display
+
+    if len(alt.strip()) < 20:
+        raise ValueError(f"alt must say what the figure shows in a sentence, not {alt!r}")
+    encoded = base64.b64encode(png(figure)).decode()
+    bundle = {"image/png": encoded, "text/plain": f"Figure: {alt}"}
+    display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
