@@ -131,7 +131,9 @@ def windows(tokenizer, split: str, n_windows: int, length: int) -> torch.Tensor:
             raise ValueError(f"{name} must be at least 1, not {value}")
     # A token covers a character or more, so 12 characters a token are plenty and spare the rest.
     needed = n_windows * length
-    ids = tokenizer(text(split)[: 12 * needed], verbose=False, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text(split)[: 12 * needed], verbose=False, add_special_tokens=False)[
+        "input_ids"
+    ]
     if len(ids) < needed:
         raise ValueError(
             f"n_windows × length = {needed} tokens, but split {split!r} has only {len(ids)}"

@@ -152,7 +152,9 @@ def fetch_smollm2() -> Path:
         with lock:
             status = smollm2_status()  # another process may have done the work meanwhile
             if status.startswith("damaged"):
-                folder.rename(folder.with_name(f"{folder.name}.damaged-{datetime.now():%Y%m%d-%H%M%S-%f}"))
+                folder.rename(
+                    folder.with_name(f"{folder.name}.damaged-{datetime.now():%Y%m%d-%H%M%S-%f}")
+                )
             if status != "ready":
                 _check_room(folder.parent)
                 with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch-") as scratch:

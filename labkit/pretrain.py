@@ -130,17 +130,13 @@ def pretrain(
     train = encode_stream(tokenizer, texts)
     held_out = encode_stream(tokenizer, data.docstrings(PACKAGES, held_out=True)).to(device)
     model = LlamaForCausalLM(tiny_config()).to(device).train()
-    decay = [p for p in model.parameters() if p.ndim == 2]
-    keep = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": keep, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-
+    optimizer = _optimizer(model)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    log = (folder / "train_log.jsonl").open("w")
     facts = {"parameters": sum(p.numel() for p in model.parameters()), "train_tokens": len(train)}
     facts |= {"device": device, "bf16_autocast": bf16, "torch": torch.__version__}
-    print(json.dumps(facts), file=log, flush=True)
+    log = folder / "train_log.jsonl"
+    log.write_text(json.dumps(facts) + "\n")
     order = torch.Generator().manual_seed(seed)
     offsets = torch.arange(length)
     started, running = time.time(), None
@@ -164,10 +160,17 @@ def pretrain(
                 "train_nats_per_token": round(running, 4),
                 "held_out_nats_per_token": round(held_out_loss(model, held_out, length), 4),
             }
-            print(json.dumps(record), file=log, flush=True)
+            with log.open("a") as file:
+                print(json.dumps(record), file=file)
             print(json.dumps(record), flush=True)
             model.save_pretrained(folder)
-    log.close()
+
+
+def _optimizer(model) -> torch.optim.AdamW:
+    decay = [p for p in model.parameters() if p.ndim == 2]
+    keep = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": keep, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
 
 if __name__ == "__main__":

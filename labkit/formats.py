@@ -1,0 +1,278 @@
+"""Number formats bit by bit: encode, decode, and the same state as a sentence and as a figure."""
+
+import math
+import re
+from decimal import Decimal
+
+import torch
+
+from labkit.plotting import COLORS, subplots
+
+# Format: (torch dtype, integer dtype of the same width, exponent bits, fraction bits).
+FORMATS = {
+    "FP32": (torch.float32, torch.int32, 8, 23),
+    "FP16": (torch.float16, torch.int16, 5, 10),
+    "BF16": (torch.bfloat16, torch.int16, 8, 7),
+    "FP8 E4M3": (torch.float8_e4m3fn, torch.int8, 4, 3),
+    "FP8 E5M2": (torch.float8_e5m2, torch.int8, 5, 2),
+    "INT8": (None, None, 0, 7),
+    "INT4": (None, None, 0, 3),
+}
+FIELD_COLORS = (COLORS["orange"], COLORS["blue"], COLORS["green"])
+
+
+def fields(number_format: str) -> dict[str, int]:
+    """Return the width of each field in bits, the most significant field first."""
+    if number_format not in FORMATS:
+        raise ValueError(f"number_format must be one of {list(FORMATS)}, not {number_format!r}")
+    *_, exponent, fraction = FORMATS[number_format]
+    widths = {"sign": 1, "exponent": exponent, "fraction": fraction}
+    return widths if exponent else {"sign": 1, "value": fraction}
+
+
+def format_bits(value: float, number_format: str) -> str:
+    """Return the bits that store a number: `"0 01011 1001100110"` for 0.1 in FP16.
+
+    Floating point: what torch's cast gives, by way of FP32. Integers: rounded (ties to even), cut
+    to the range, two's complement, scale 1.
+
+    Args:
+        value: any number; NaN and infinity for floating-point formats only.
+        number_format: a key of `FORMATS`.
+
+    Returns:
+        Sign, exponent and fraction bits (integers: sign and value bits), a space between fields.
+
+    Raises:
+        ValueError: if the format is unknown, or an integer format is given NaN or infinity.
+    """
+    fields(number_format)
+    dtype, carrier, _, fraction = FORMATS[number_format]
+    if dtype is not None:
+        stored = torch.tensor(value, dtype=torch.float64).to(dtype)
+        return _spell(int(stored.view(carrier)), number_format)
+    if not math.isfinite(value):
+        raise ValueError(f"{number_format} has no code for {value}; give a finite number")
+    return _spell(min(max(round(value), -(2**fraction)), 2**fraction - 1), number_format)
+
+
+def decode(bits: str, number_format: str) -> float:
+    """Return the number that a bit pattern stands for, exactly.
+
+    Args:
+        bits: the pattern, most significant bit first; spaces do not matter.
+        number_format: a key of `FORMATS`.
+
+    Returns:
+        The number; NaN or infinity where the pattern says so.
+
+    Raises:
+        ValueError: if the format is unknown, or `bits` is no pattern of its width.
+    """
+    sign, exponent, fraction = _split(bits, number_format)
+    _, _, exponent_bits, fraction_bits = FORMATS[number_format]
+    if not exponent_bits:
+        return float(fraction - sign * 2**fraction_bits)
+    bias, top = 2 ** (exponent_bits - 1) - 1, 2**exponent_bits - 1
+    # E4M3 has no infinity: its top exponent holds numbers too, and only all ones is NaN.
+    special = number_format != "FP8 E4M3" or fraction == 2**fraction_bits - 1
+    if exponent == top and special:
+        magnitude = math.nan if fraction else math.inf
+    else:
+        significand = fraction / 2**fraction_bits + (exponent > 0)
+        magnitude = significand * 2.0 ** (max(exponent, 1) - bias)
+    return -magnitude if sign else magnitude
+
+
+def resolve(value: float | str, number_format: str) -> tuple[float, str, float]:
+    """Return the number asked for, the bits that store it, and the number these stand for.
+
+    Args, errors: as in `bits_sentence`.
+    """
+    if isinstance(value, str):
+        stored = decode(value, number_format)
+        return stored, _spell(int(value.replace(" ", ""), 2), number_format), stored
+    bits = format_bits(value, number_format)
+    return float(value), bits, decode(bits, number_format)
+
+
+def bits_sentence(value: float | str, number_format: str) -> str:
+    """Say what a format makes of a number: fields, stored value, error, next number, range.
+
+    Args:
+        value: a number, or a bit pattern as in `decode`.
+        number_format: a key of `FORMATS`.
+
+    Raises:
+        ValueError: see `format_bits` and `decode`.
+    """
+    typed, bits, stored = resolve(value, number_format)
+    dtype, _, _, fraction = FORMATS[number_format]
+    low, high = -(2.0**fraction), 2.0**fraction - 1
+    if dtype is not None:
+        low, high = torch.finfo(dtype).min, torch.finfo(dtype).max
+    meanings, formula = _explain(bits, number_format)
+    words = ", ".join(f"{a} {b}" for a, b in zip(fields(number_format), meanings, strict=True))
+    parts = [f"{number_format} {bits}: {words}; {formula}."]
+    if not isinstance(value, str) and (typed < low or typed > high):
+        parts.append(
+            f"{number_text(typed)} is out of range and is stored as {number_text(stored)}."
+        )
+    if not isinstance(value, str) and math.isfinite(stored) and math.isfinite(typed):
+        error = "none"
+        if stored != typed:
+            error = f"{stored - typed:+.4g} ({_percent_off(typed, stored)})"
+        parts.append(f"Error: {error}.")
+    above = _neighbor(bits, number_format, 1)
+    if above is not None:
+        parts.append(f"Next number up: {number_text(above, 9)}, {above - stored:.4g} away.")
+    smallest = decode(_spell(1, number_format), number_format)
+    parts.append(f"{number_format} reaches from {number_text(low, 9)} to {number_text(high, 9)};")
+    parts.append(f"its smallest positive number is {number_text(smallest, 4)}.")
+    return minus(" ".join(parts))
+
+
+def bits_title(value: float | str, number_format: str) -> str:
+    """Return the finding in a few words: title of the figure, alt text of the picture."""
+    typed, bits, stored = resolve(value, number_format)
+    if isinstance(value, str) or math.isnan(typed):
+        words = f"{bits} is {number_text(stored, 9)} in {number_format}"
+    elif stored == typed:
+        words = f"{number_text(typed)} is exact in {number_format}"
+    else:
+        words = f"{number_text(typed)} becomes {number_text(stored, 9)} in {number_format}"
+        if math.isfinite(stored) and math.isfinite(typed):
+            words += f": {_percent_off(typed, stored)} off"
+    return minus(words)
+
+
+def bits_figure(value: float | str, number_format: str):
+    """Draw the bits as boxes, and the number between its neighbors, as a matplotlib figure.
+
+    Args, errors: as in `bits_sentence`.
+    """
+    typed, bits, stored = resolve(value, number_format)
+    figure, (top, bottom) = subplots(2, 1, figsize=(7.2, 2.6), height_ratios=(1.9, 1))
+    top.set_title(bits_title(value, number_format))
+    _draw_boxes(top, bits, number_format)
+    bottom.axis("off")
+    if math.isfinite(stored):
+        near = [_neighbor(bits, number_format, step) for step in (-1, 0, 1)]
+        _draw_neighbors(bottom, typed, stored, [x for x in near if x is not None])
+    return figure
+
+
+def number_text(x: float, digits: int | None = None) -> str:
+    """Write a number so that `float` reads it back: in full, or to so many digits."""
+    if not math.isfinite(x):
+        return "NaN" if math.isnan(x) else "-infinity" if x < 0 else "infinity"
+    return f"{x:.{digits}g}" if digits else repr(float(x)).removesuffix(".0")
+
+
+def minus(text: str) -> str:
+    """Put a real minus sign before numbers."""
+    return re.sub(r"-(?=[\d(]|infinity)", "−", text)
+
+
+def _percent_off(typed: float, stored: float) -> str:
+    return f"{100 * abs((stored - typed) / typed):.3g} %"
+
+
+def _spell(pattern: int, number_format: str) -> str:
+    *_, exponent_bits, fraction_bits = FORMATS[number_format]
+    width = 1 + exponent_bits + fraction_bits
+    digits = f"{pattern % 2**width:0{width}b}"
+    return " ".join(f"{digits[0]} {digits[1:-fraction_bits]} {digits[-fraction_bits:]}".split())
+
+
+def _split(bits: str, number_format: str) -> tuple[int, int, int]:
+    """Return sign, exponent (0 in an integer format) and fraction or value as integers."""
+    width = sum(fields(number_format).values())
+    digits = bits.replace(" ", "")
+    if len(digits) != width or set(digits) - {"0", "1"}:
+        raise ValueError(f"bits: {number_format} takes {width} characters 0 or 1, not {bits!r}")
+    exponent, fraction = divmod(int(digits[1:], 2), 2 ** FORMATS[number_format][3])
+    return int(digits[0]), exponent, fraction
+
+
+def _neighbor(bits: str, number_format: str, step: int) -> float | None:
+    """Return the number `step` places up, or None beyond the last and beside NaN."""
+    sign, exponent, fraction = _split(bits, number_format)
+    _, _, exponent_bits, fraction_bits = FORMATS[number_format]
+    if not exponent_bits:
+        near = decode(bits, number_format) + step
+        return near if -(2**fraction_bits) <= near < 2**fraction_bits else None
+    if not math.isfinite(decode(bits, number_format)):
+        return None
+    # Without the sign bit, patterns are in the order of their magnitudes.
+    magnitude = (exponent << fraction_bits) + fraction
+    rank = (-magnitude if sign else magnitude) + step
+    sign_bit = 2 ** (exponent_bits + fraction_bits) if rank < 0 else 0
+    near = decode(_spell(abs(rank) + sign_bit, number_format), number_format)
+    return near if math.isfinite(near) else None
+
+
+def _explain(bits: str, number_format: str) -> tuple[list[str], str]:
+    """Return what each field holds, and how the number follows from them."""
+    stored = decode(bits, number_format)
+    sign, exponent, fraction = _split(bits, number_format)
+    _, _, exponent_bits, fraction_bits = FORMATS[number_format]
+    exact = f"{Decimal(stored):f}"
+    result = f"= {exact}" if len(exact) <= 45 else f"≈ {stored:.9g}"
+    if not exponent_bits:
+        meanings = [str(-sign * 2**fraction_bits), str(fraction)]
+        return meanings, f"{' + '.join(meanings)} {result}"
+    bias, share = 2 ** (exponent_bits - 1) - 1, f"{fraction}/{2**fraction_bits}"
+    power = f"{exponent} − {bias} = {exponent - bias}" if exponent else "0: no leading 1"
+    lead = f"{'-' * sign}({min(exponent, 1)} + {share})"
+    formula = f"{lead} × 2^{max(exponent, 1) - bias} {result}"
+    if not math.isfinite(stored):
+        power, formula = f"{exponent}: special", number_text(stored)
+    return ["−" if sign else "+", power, share], formula
+
+
+def _draw_boxes(axes, bits: str, number_format: str) -> None:
+    from matplotlib.patches import Rectangle
+
+    meanings, formula = _explain(bits, number_format)
+    colors = FIELD_COLORS if len(meanings) == 3 else FIELD_COLORS[::2]
+    left = 0.0
+    for name, field, meaning, color in zip(
+        fields(number_format), bits.split(), meanings, colors, strict=True
+    ):
+        for digit in field:
+            face, ink = (color, "white") if digit == "1" else ("white", color)
+            axes.add_patch(Rectangle((left, 0), 1, 1, facecolor=face, edgecolor=color))
+            axes.text(left + 0.5, 0.48, digit, color=ink, ha="center", va="center", weight="bold")
+            left += 1
+        label = minus(f"{name}\n{meaning}")
+        axes.text(
+            left - len(field) / 2, -0.12, label, color=color, ha="center", va="top", fontsize=9
+        )
+        left += 0.7
+    formula = minus(re.sub(r"\^(-?\d+)", r"$^{\1}$", formula))
+    middle, half = (left - 0.7) / 2, max(left - 0.7, 20) / 2 + 0.3
+    axes.text(middle, -1.45, formula, ha="center", va="top", fontsize=11)
+    axes.set(xlim=(middle - half, middle + half), ylim=(-2.1, 1.1))
+    axes.axis("off")
+
+
+def _draw_neighbors(axes, typed: float, stored: float, near: list[float]) -> None:
+    gap = max(abs(x - stored) for x in near)
+    axes.axhline(0, color=COLORS["gray"], linewidth=1)
+    for x in near:
+        name, weight, marker = ("stored", "bold", "o") if x == stored else ("next", "normal", "|")
+        axes.plot((x - stored) / gap, 0, marker, color="black", markersize=9)
+        label = minus(f"{number_text(x, 9)}\n{name}")
+        axes.text(
+            (x - stored) / gap, -0.42, label, ha="center", va="top", weight=weight, fontsize=9
+        )
+    axes.set(xlim=(-1.5, 1.5), ylim=(-1.9, 1.1))
+    if typed == stored:
+        return
+    place, label = (typed - stored) / gap, f"typed {number_text(typed)}"
+    if abs(place) <= 1.1:
+        axes.plot(place, 0, "v", color=COLORS["pink"], markersize=9)
+    else:
+        label, place = (f"{label} →", 1.25) if place > 0 else (f"← {label}", -1.25)
+    axes.text(place, 0.4, minus(label), ha="center", fontsize=9)

@@ -1,0 +1,147 @@
+"""The machine: memory a process takes, and hardware facts that bear on quantization."""
+
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# torch's name of a capability → the name in the manuals.
+_INSTRUCTIONS = {
+    "avx2": "AVX2",
+    "avx_vnni": "AVX-VNNI",
+    "avx512_f": "AVX-512",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx512_bf16": "AVX-512 BF16",
+    "avx512_fp16": "AVX-512 FP16",
+    "amx_int8": "AMX INT8",
+    "amx_bf16": "AMX BF16",
+    "neon": "NEON",
+    "dot": "NEON dot product",
+    "i8mm": "NEON INT8 matrix",
+    "bf16": "NEON BF16",
+    "fp16_arith": "NEON FP16",
+    "sve": "SVE",
+    "sme": "SME",
+}
+
+
+def resident_memory() -> int:
+    """Return the bytes of memory this process occupies now, after collecting garbage."""
+    import psutil
+
+    gc.collect()
+    return psutil.Process().memory_info().rss
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """The most memory a process occupied, in bytes, and what its code left in `result`."""
+
+    nbytes: int
+    result: Any
+
+
+# Standard library only: an import of torch would itself raise the peak. On Linux `ru_maxrss` is
+# wrong here: a child starts with the peak of the process that started it, VmHWM does not.
+_REPORT = """
+def _peak_bytes():
+    import sys
+    if sys.platform == "win32":
+        import psutil
+        return psutil.Process().memory_info().peak_wset
+    if sys.platform == "linux":
+        with open("/proc/self/status") as status:
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+_peak = _peak_bytes()
+import json
+print()
+print(json.dumps({"nbytes": _peak, "result": globals().get("result")}))
+"""
+
+
+def peak_memory(code: str, timeout: float = 600) -> PeakMemory:
+    """Run Python code in a fresh process and return the most memory that process occupied.
+
+    Args:
+        code: what to run, indented or not. If it sets a variable `result`, that comes back; it must
+            be something JSON can hold.
+        timeout: seconds to wait.
+
+    Returns:
+        A `PeakMemory`; bytes include the interpreter (about 10 MB) and what the code imports.
+
+    Raises:
+        RuntimeError: if the code fails or takes too long; holds the end of its error output.
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code) + "\n" + _REPORT]
+    environment = os.environ | {"PYTHONUTF8": "1"}
+    try:
+        child = subprocess.run(
+            command, capture_output=True, encoding="utf-8", env=environment, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"code took more than timeout={timeout} s") from None
+    reports = [line for line in child.stdout.splitlines() if line.startswith('{"nbytes": ')]
+    if child.returncode or not reports:
+        tail = child.stderr[-2000:].strip() or "no error output; did it leave early?"
+        raise RuntimeError(f"code failed with exit status {child.returncode}:\n{tail}")
+    return PeakMemory(**json.loads(reports[-1]))
+
+
+def hardware() -> dict[str, Any]:
+    """Return facts about this machine that bear on quantization.
+
+    Returns:
+        CPU name, architecture, cores, caches and memory (bytes; None where unknown), the names of
+        its instruction sets for low precision, torch's quantized engines, GPU name or None,
+        operating system, and the versions of Python and torch.
+    """
+    import psutil
+
+    cpu = torch.cpu.get_capabilities()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": cpu.get("cpu_name") or platform.processor() or platform.machine(),
+        "architecture": cpu.get("architecture") or platform.machine(),
+        "physical cores": psutil.cpu_count(logical=False),
+        "logical cores": psutil.cpu_count(),
+        "L1d cache bytes": cpu.get("l1d_cache_size"),
+        "L2 cache bytes": cpu.get("l2_cache_size"),
+        "memory bytes": psutil.virtual_memory().total,
+        "instruction sets": [name for key, name in _INSTRUCTIONS.items() if cpu.get(key)],
+        "quantized engines": [e for e in torch.backends.quantized.supported_engines if e != "none"],
+        "gpu": gpu,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def quantized_engine() -> str:
+    """Return the name of torch's INT8 engine for this machine; the caller sets it.
+
+    Returns:
+        A value for `torch.backends.quantized.engine`: `"x86"` or `"fbgemm"` on x86, `"qnnpack"` on
+        ARM.
+
+    Raises:
+        RuntimeError: if this build of torch has none.
+    """
+    supported = torch.backends.quantized.supported_engines
+    arm = platform.machine().lower() in ("arm64", "aarch64")
+    for engine in ("qnnpack",) if arm else ("x86", "fbgemm", "qnnpack"):
+        if engine in supported:
+            return engine
+    raise RuntimeError(f"this build of torch has no INT8 engine for this CPU, only {supported}")

@@ -1,0 +1,260 @@
+"""Quality with error bars and time with its spread; the way in to `ledger` and `machine`."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from labkit.ledger import byte_ledger, load_weights, save_weights
+from labkit.machine import hardware, peak_memory, quantized_engine, resident_memory
+
+__all__ = [
+    "alternate",
+    "byte_ledger",
+    "hardware",
+    "latency",
+    "load_weights",
+    "paired_difference",
+    "peak_memory",
+    "perplexity",
+    "quantized_engine",
+    "resident_memory",
+    "save_weights",
+]
+
+_QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Perplexity:
+    """How well a model predicts a text; `exp(nats_per_token)` and what it is the mean of.
+
+    Attributes:
+        nats_per_token: mean negative log-likelihood.
+        standard_error: of `nats_per_token`, over windows; NaN for one window.
+        window_nats: float64 `(n_windows,)`, the mean of each window.
+        token_nats: float64 `(n_windows, length - 1)`; the first token is given, not predicted.
+    """
+
+    perplexity: float
+    nats_per_token: float
+    standard_error: float
+    window_nats: torch.Tensor = field(repr=False)
+    token_nats: torch.Tensor = field(repr=False)
+
+    def __str__(self) -> str:
+        nats = f"{self.nats_per_token:.4f} ± {self.standard_error:.4f} nats a token"
+        return f"perplexity {self.perplexity:.2f} ({nats}, {len(self.window_nats)} windows)"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`other − reference` in nats a token, paired by window; `ratio` is the perplexity ratio."""
+
+    nats: float
+    standard_error: float
+    ratio: float
+
+    @property
+    def verdict(self) -> str:
+        """`"tie"` within two standard errors, else `"worse"` or `"better"` (fewer nats)."""
+        if abs(self.nats) <= 2 * self.standard_error:
+            return "tie"
+        return "better" if self.nats < 0 else "worse"  # NaN, a broken model, is worse
+
+    def __str__(self) -> str:
+        nats = f"{self.nats:+.4f} ± {self.standard_error:.4f} nats a token"
+        return f"{self.verdict}: {nats}, perplexity × {self.ratio:.3f}"
+
+
+def perplexity(model: nn.Module, ids: torch.Tensor, batch_size: int = 1) -> Perplexity:
+    """Score a language model on windows of tokens, each window alone.
+
+    Args:
+        model: called as `model(ids)`; returns logits `(batch, length, vocabulary)`, bare or as
+            `.logits`. Scored in eval mode on its own device, then put back as it was.
+        ids: int64 `(n_windows, length)`, length 2 or more.
+        batch_size: windows a call.
+
+    Returns:
+        A `Perplexity`; its tensors are on the CPU.
+
+    Raises:
+        TypeError: if `ids` is not an int64 tensor.
+        ValueError: if its shape, a token id or `batch_size` is out of range.
+    """
+    _check_ids(model, ids, batch_size)
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            rows = [_token_nats(model, part.to(device)) for part in ids.split(batch_size)]
+    finally:
+        for module in in_training:
+            module.training = True
+    token_nats = torch.cat(rows)
+    window_nats = token_nats.mean(1)
+    nats, error = _mean_and_error(window_nats)
+    return Perplexity(_exp(nats), nats, error, window_nats, token_nats)
+
+
+def _check_ids(model: nn.Module, ids: torch.Tensor, batch_size: int) -> None:
+    if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64:
+        kind = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise TypeError(f"ids must be an int64 tensor of token ids, not {kind}")
+    if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+        shape = tuple(ids.shape)
+        raise ValueError(f"ids must be (n_windows ≥ 1, length ≥ 2), not {shape}; see lk.windows")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    # Checked before the call: on a GPU an id out of range would end the process.
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", math.inf)
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"ids must be from 0 to {vocabulary - 1}, not {low} to {high}; wrong tokenizer?"
+        )
+
+
+def _token_nats(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    output = model(ids)
+    logits = getattr(output, "logits", output)[:, :-1].flatten(0, 1)
+    targets = ids[:, 1:].flatten()
+    # In chunks: the log-softmax of a whole window is as large as its logits.
+    chunks = zip(logits.split(128), targets.split(128), strict=True)
+    nats = [nn.functional.cross_entropy(x.float(), y, reduction="none") for x, y in chunks]
+    return torch.cat(nats).double().cpu().view(len(ids), -1)
+
+
+def _mean_and_error(windows: torch.Tensor) -> tuple[float, float]:
+    n = len(windows)
+    return windows.mean().item(), windows.std().item() / n**0.5 if n > 1 else math.nan
+
+
+def _exp(nats: float) -> float:
+    return torch.tensor(nats, dtype=torch.float64).exp().item()  # inf where math.exp would raise
+
+
+def paired_difference(other: Perplexity, reference: Perplexity) -> Difference:
+    """Compare two models on the same windows.
+
+    The standard error is over windows, not tokens: tokens of one window are not independent.
+
+    Args:
+        other, reference: from `perplexity` with the same `ids`.
+
+    Returns:
+        A `Difference`, positive when `other` is worse.
+
+    Raises:
+        ValueError: if the windows differ in shape or are fewer than 2, or the reference is not
+            finite.
+    """
+    shapes = tuple(other.token_nats.shape), tuple(reference.token_nats.shape)
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"other {shapes[0]} and reference {shapes[1]} must share their windows")
+    if shapes[0][0] < 2:
+        raise ValueError("other and reference need at least 2 windows for an error bar, not 1")
+    if not torch.isfinite(reference.window_nats).all():
+        raise ValueError("reference holds NaN or infinity; compare with a model that works")
+    nats, error = _mean_and_error(other.window_nats - reference.window_nats)
+    return Difference(nats, error, _exp(nats))
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of one call: median and quartiles in seconds, over `runs` calls on `threads` threads."""
+
+    seconds: float
+    low: float
+    high: float
+    runs: int
+    threads: int
+
+    def __str__(self) -> str:
+        unit, factor = ("ms", 1e3) if self.seconds < 1 else ("s", 1)
+        low, middle, high = (f"{x * factor:.3g}" for x in (self.low, self.seconds, self.high))
+        return f"{middle} {unit} ({low} to {high}, {self.runs} runs, threads: {self.threads})"
+
+
+def latency(
+    function: Callable[[], Any], repeats: int = 7, warmup: int = 2, threads: int | None = None
+) -> Latency:
+    """Time a call.
+
+    Args:
+        function: called without arguments.
+        repeats: calls that count, 1 or more.
+        warmup: calls before them that do not.
+        threads: torch threads within an operation; None leaves them. Put back afterwards.
+
+    Returns:
+        A `Latency`, in seconds.
+
+    Raises:
+        TypeError: if `function` cannot be called.
+        ValueError: if a count is out of range.
+    """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, or None to leave them, not {threads}")
+    before = torch.get_num_threads()
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return alternate({"function": function}, repeats, warmup)["function"]
+    finally:
+        torch.set_num_threads(before)
+
+
+def alternate(
+    functions: dict[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1
+) -> dict[str, Latency]:
+    """Time several calls in turn (A B A B …), so that a drift of the machine hits all alike.
+
+    Args:
+        functions: by name; each is called without arguments.
+        repeats: rounds that count, 1 or more.
+        warmup: rounds before them that do not.
+
+    Returns:
+        A `Latency` for each name.
+
+    Raises:
+        TypeError: if a function cannot be called.
+        ValueError: if there is none, or a count is out of range.
+    """
+    if not functions:
+        raise ValueError("functions is empty; give at least one")
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"{name} must be a function, not {type(function).__name__}")
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeats must be ≥ 1 and warmup ≥ 0, not {repeats} and {warmup}")
+    seconds = {name: [] for name in functions}
+    for _ in range(warmup + repeats):
+        for name, function in functions.items():
+            seconds[name].append(_seconds(function))
+    return {name: _summary(times[warmup:]) for name, times in seconds.items()}
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    _wait_for_device()
+    start = time.perf_counter()
+    function()
+    _wait_for_device()
+    return time.perf_counter() - start
+
+
+def _wait_for_device() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def _summary(times: list[float]) -> Latency:
+    quartiles = torch.tensor(times, dtype=torch.float64).quantile(_QUARTILES).tolist()
+    return Latency(quartiles[1], quartiles[0], quartiles[2], len(times), torch.get_num_threads())

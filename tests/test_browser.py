@@ -1,0 +1,153 @@
+"""The explorers as a reader meets them: in a real JupyterLab, in a real Chromium."""
+
+import re
+
+import nbformat
+import pytest
+
+EXPLORERS = """\
+import torch
+from labkit.widgets import bits_explorer, grid_explorer
+
+weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * 0.02
+weight[3, 7] = 0.4"""
+
+
+@pytest.fixture(scope="module")
+def page(lab_page, tmp_path_factory):
+    """Both explorers, run. The tests share the page: none needs the state another leaves."""
+    from conftest import run_all_cells
+
+    cells = [EXPLORERS, 'bits_explorer(0.1, "FP16")', "grid_explorer(weight)"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    path = tmp_path_factory.mktemp("source") / "explorers.ipynb"
+    nbformat.write(notebook, path)
+    page = lab_page(path)
+    run_all_cells(page)
+    return page
+
+
+class Explorer:
+    """The output of one cell: its picture and its sentence, and waiting for new ones."""
+
+    def __init__(self, page, cell: int):
+        self.area = page.locator(".jp-Notebook .jp-CodeCell").nth(cell)
+        self.picture = self.area.locator("img.labkit-picture")
+        self.sentence = self.area.locator("p.labkit-sentence")
+        self.picture.wait_for()
+
+    def state(self) -> tuple[str, str]:
+        return self.picture.get_attribute("src"), self.sentence.inner_text()
+
+    def wait_for_sentence(self, words: str) -> None:
+        from playwright.sync_api import expect
+
+        expect(self.sentence).to_contain_text(words, timeout=20_000)
+
+
+@pytest.fixture
+def bits(page):
+    return Explorer(page, 1)
+
+
+@pytest.fixture
+def grid(page):
+    return Explorer(page, 2)
+
+
+def assert_both_changed(explorer: Explorer, before: tuple[str, str]) -> None:
+    picture, sentence = explorer.state()
+    assert picture.startswith("data:image/png;base64,")
+    assert picture != before[0]
+    assert sentence != before[1]
+
+
+def assert_loaded_and_described(explorer: Explorer) -> None:
+    assert explorer.picture.evaluate("image => image.naturalWidth") > 300
+    assert len(explorer.picture.get_attribute("alt")) > 20
+    assert explorer.sentence.get_attribute("role") == "status"
+
+
+def test_bits_explorer_changes_with_a_typed_value(bits):
+    assert_loaded_and_described(bits)
+    value = bits.area.get_by_label("Value")
+    value.fill("1")
+    value.press("Enter")
+    bits.wait_for_sentence(" = 1. Error: none")
+    before = bits.state()
+    value.fill("70000")
+    value.press("Enter")
+    bits.wait_for_sentence("70000 is out of range")
+    assert_both_changed(bits, before)
+
+
+def test_bits_explorer_changes_with_the_format_and_with_one_bit(bits):
+    bits.area.get_by_label("Format").select_option("INT4")
+    bits.area.get_by_label("Value").fill("-3")
+    bits.area.get_by_label("Value").press("Enter")
+    bits.wait_for_sentence("INT4 1 101")
+    buttons = bits.area.locator("button.widget-toggle-button")
+    assert buttons.all_inner_texts() == ["1", "1", "0", "1"]
+    before = bits.state()
+    bits.area.get_by_title("value bit 1").click()
+    bits.wait_for_sentence("INT4 1 111")
+    assert_both_changed(bits, before)
+    assert bits.area.get_by_label("Value").input_value() == "-1"
+
+
+def test_bits_explorer_keeps_its_picture_on_bad_input(bits):
+    value = bits.area.get_by_label("Value")
+    value.fill("2")
+    value.press("Enter")
+    bits.wait_for_sentence("= 2.")
+    picture, _ = bits.state()
+    value.fill("abc")
+    value.press("Enter")
+    bits.wait_for_sentence("'abc' is not a number")
+    assert bits.state()[0] == picture
+
+
+def test_grid_explorer_changes_with_each_dropdown(grid):
+    assert_loaded_and_described(grid)
+    for label, choice, words in [
+        ("Bits", "3", "3 bits, asymmetric, per tensor"),
+        ("Grid", "symmetric", "3 bits, symmetric, per tensor"),
+        ("Clip at percentile", "99.0", "163 weights clipped"),
+        ("Granularity", "groups of 64", "3 bits, symmetric, groups of 64"),
+    ]:
+        before = grid.state()
+        grid.area.get_by_label(label, exact=True).select_option(choice)
+        grid.wait_for_sentence(words)
+        assert_both_changed(grid, before)
+
+
+def test_grid_explorer_changes_with_a_typed_row(grid):
+    grid.area.get_by_label("Granularity", exact=True).select_option("per channel")
+    grid.wait_for_sentence("Row 0 (256 weights)")
+    before = grid.state()
+    row = grid.area.get_by_label("Row shown")
+    row.fill("3")
+    row.press("Enter")
+    grid.wait_for_sentence("Row 3 (256 weights)")
+    assert_both_changed(grid, before)
+
+
+def test_nothing_is_cut_off(bits, grid):
+    for explorer in (bits, grid):
+        output = explorer.area.locator(".jp-OutputArea-output").last
+        assert output.evaluate("element => element.scrollWidth <= element.clientWidth + 1")
+
+
+def test_sentence_is_readable_in_both_themes(page, bits):
+    brightness = {}
+    for theme in ("Dark", "Light"):
+        page.evaluate(
+            "name => { jupyterapp.commands.execute('apputils:change-theme', {theme: name}) }",
+            f"JupyterLab {theme}",
+        )
+        page.locator(f"body[data-jp-theme-name='JupyterLab {theme}']").wait_for()
+        color = bits.sentence.evaluate("element => getComputedStyle(element).color")
+        red, green, blue = map(float, re.findall(r"[\d.]+", color)[:3])
+        brightness[theme] = (red + green + blue) / 3
+    assert brightness["Dark"] > 180
+    assert brightness["Light"] < 80

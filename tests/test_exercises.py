@@ -1,0 +1,323 @@
+"""The exercises: each known wrong answer gets its own message; solutions and variants pass."""
+
+import ast
+import inspect
+import math
+import re
+import textwrap
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+
+import labkit
+from labkit import checks
+from labkit.checks import Exercise, exercises, verdict
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+EXERCISES = list(exercises().values())
+WRONG = [(e, answer, fragment) for e in EXERCISES for answer, fragment in e.wrong_answers]
+CHAPTERS = sorted({e.id.split(".")[0] for e in EXERCISES})
+
+each_exercise = pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.id)
+
+
+def name_of(value) -> str:
+    return getattr(value, "id", None) or getattr(value, "__name__", "")
+
+
+# What the checks say ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("exercise", "answer", "fragment"), WRONG, ids=name_of)
+def test_wrong_answer_gets_its_own_message(exercise, answer, fragment):
+    found = verdict(exercise.id, answer)
+    assert found.status == "wrong"
+    heard = [f for _, f in exercise.wrong_answers if f.lower() in found.message.lower()]
+    assert heard == [fragment]
+    assert "expected" in found.message or "comes back as" in found.message, "no example"
+    assert "\n" not in found.message
+    assert len(found.message) < 300
+    assert answer.__doc__, "the docstring names the misconception"
+
+
+@each_exercise
+def test_exercise_is_complete(exercise):
+    fragments = [fragment for _, fragment in exercise.wrong_answers]
+    assert len(fragments) >= 3
+    assert len(set(fragments)) == len(fragments)
+    assert 1 <= exercise.stars <= 3
+    assert exercise.minutes > 0
+    assert exercise.variants
+    for variant in exercise.variants:
+        assert verdict(exercise.id, variant) == checks.Verdict("correct", exercise.takeaway)
+
+
+# Written as a learner might, unlike the functions in the registry.
+def fp16_normal_only(pattern):
+    sign = (pattern & 0x8000) >> 15
+    return (-1) ** sign * 2 ** (((pattern >> 10) & 0x1F) - 15) * (1 + (pattern & 0x3FF) / 2**10)
+
+
+def fake_quantize_with_max(x, bits):
+    q = 2 ** (bits - 1) - 1
+    s = torch.max(x).item() / q or 1.0
+    return torch.clamp(torch.round(x * (1 / s)), -q, q) * s
+
+
+def bytes_as_float(rows, columns, bits, group_size):
+    return rows * columns * bits / 8 + rows * columns / group_size * 3
+
+
+def repack_with_int(row):
+    blocks = row.reshape(-1, 32)
+    low, high = blocks.min(1).values, blocks.max(1).values
+    scale = (high - low) / 15
+    codes = ((blocks - low[:, None]) * (1 / (scale[:, None] + 1e-30))).int()
+    return (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8), scale, low
+
+
+def rows_with_zero_only(w, bits):
+    low, high = torch.clamp(w.min(1)[0], max=0), torch.clamp(w.max(1)[0], min=0)
+    scale = ((high - low) / 2**bits)[:, None].clamp(min=1e-8)
+    zero = torch.round(-low[:, None] / scale).clamp(0, 2**bits - 1)
+    return (torch.round(w / scale) + zero).int().to(torch.uint8), scale, zero
+
+
+def calibrate_overwriting(batches):
+    for batch in batches:
+        low, high = min(0, float(batch.min())), max(0, float(batch.max()))
+    return (high - low) / 255, round(-low / ((high - low) / 255))
+
+
+@pytest.mark.parametrize(
+    ("id", "answer", "fragment"),
+    [
+        ("1.1", fp16_normal_only, "subnormals"),
+        ("1.1", lambda pattern: torch.tensor(1.0), "returns a float32 tensor of shape ()"),
+        ("1.1", lambda pattern: 2.0 ** (1024 * (pattern > 0x7BFF)), "OverflowError"),
+        ("1.2", fake_quantize_with_max, "largest |x|"),
+        ("1.2", lambda x, bits: x.double(), "expected a float32 tensor of shape (3,)"),
+        ("1.3", bytes_as_float, "divide with //"),
+        ("1.4", repack_with_int, "round it, do not cut it"),
+        ("1.5", rows_with_zero_only, "zero is in the range now"),
+        ("1.6", calibrate_overwriting, "overwrites"),
+        ("1.6", lambda batches: (torch.tensor(1.0), 0), ".item()"),
+    ],
+)
+def test_learner_written_mistakes_are_recognized(id, answer, fragment):
+    found = verdict(id, answer)
+    assert found.status == "wrong"
+    assert fragment.lower() in found.message.lower()
+
+
+ODD = [None, True, math.nan, 2**80, 1j, "text", [], (1, 2), (None, None, None), object()]
+ODD += [np.zeros(3), np.float32(1), torch.zeros(3, dtype=torch.complex64), torch.zeros(0)]
+ODD += [(torch.zeros(1), torch.zeros(1), torch.zeros(1)), torch.ones(2, 3, dtype=torch.bool)]
+
+
+@pytest.mark.parametrize("result", ODD, ids=lambda r: type(r).__name__)
+@each_exercise
+def test_odd_results_are_called_wrong(exercise, result):
+    found = verdict(exercise.id, lambda *args: result)
+    assert found.status == "wrong"
+    assert len(found.message) < 400
+
+
+@each_exercise
+def test_answer_that_raises(exercise, capsys):
+    def answer(*args):
+        print("noise")
+        raise RuntimeError("no\nluck")
+
+    checks.check(exercise.id, answer)
+    line = capsys.readouterr().out
+    assert line.startswith(f"Exercise {exercise.id}: not yet. ")
+    assert line.count("\n") == 1
+    assert f"{exercise.function_names[0]}(" in line
+    assert "RuntimeError (no luck)" in line
+    assert "noise" not in line
+
+
+@pytest.mark.parametrize(
+    ("id", "spoil"),
+    [
+        ("1.2", lambda x: x.add_(1)),
+        ("1.4", lambda row: row.zero_()),
+        ("1.5", lambda w: w.transpose_(0, 1)),
+        ("1.6", lambda batches: batches[0].abs_().add_(1)),
+        ("1.6", lambda batches: batches.pop()),
+    ],
+)
+def test_answer_that_changes_its_input(id, spoil):
+    right = exercises()[id].variants[0]
+
+    def answer(*args):
+        result = right(*args)
+        spoil(args[0])
+        return result
+
+    found = verdict(id, answer)
+    assert found.status == "wrong"
+    assert "changes its input in place" in found.message
+
+
+# Untouched stubs -------------------------------------------------------------------------------
+
+
+def stub(x):
+    """Do it."""
+    ...
+
+
+def stub_with_comment(x: int, *rest, deep=True) -> float: ...  # later
+
+
+@torch.no_grad()
+def decorated_stub(x): ...
+
+
+def returns_none(x):
+    return None
+
+
+def only_passes(x):
+    pass
+
+
+def returns_ellipsis(x):
+    return ...
+
+
+def returns_input(x):
+    return x
+
+
+def run(source: str, namespace: dict | None = None) -> dict:
+    """Execute source that Python cannot look up again, as a notebook under test."""
+    namespace = {"torch": torch, "math": math, "lk": labkit} | (namespace or {})
+    exec(compile(source, "<notebook cell under test>", "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("answer", [stub, stub_with_comment, decorated_stub], ids=name_of)
+@each_exercise
+def test_untouched_stub(exercise, answer, capsys):
+    checks.check(exercise.id, answer)
+    assert capsys.readouterr().out == f"Exercise {exercise.id}: not attempted yet\n"
+
+
+def test_untouched_stub_without_source():
+    source = 'def f(x: int) -> float:\n    """Do it."""\n    ...\n'
+    assert verdict("1.1", run(source)["f"]).status == "not attempted"
+
+
+@pytest.mark.parametrize(
+    "answer", [returns_none, only_passes, returns_ellipsis, returns_input, abs], ids=name_of
+)
+def test_attempt_is_no_stub(answer):
+    assert verdict("1.2", answer).status == "wrong"
+
+
+@pytest.mark.parametrize("exercise", [e for e in EXERCISES if e.broken], ids=lambda e: e.id)
+def test_bug_hunt_starts_from_the_broken_function(exercise):
+    assert verdict(exercise.id, exercise.broken).status == "not attempted"
+    source = inspect.getsource(exercise.broken) + "    # a comment is no attempt\n"
+    renamed = run(source.replace('"""', '"""Said otherwise. ', 1))[exercise.broken.__name__]
+    assert verdict(exercise.id, renamed).status == "not attempted"
+    touched = run(source.replace("- 1", "- 2", 1))[exercise.broken.__name__]
+    assert verdict(exercise.id, touched).status == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "fragment"),
+    [
+        ((1.2, stub), TypeError, 'id must be a string such as "1.2"'),
+        (("1.99", stub), ValueError, "there are 1.1, 1.2, 1.3"),
+        (("1.2", 3.0), TypeError, 'lk.check("1.2", symmetric_fake_quantize); got float'),
+        (("1.2",), TypeError, "got nothing"),
+        (("1.2", stub, stub), TypeError, "takes functions"),
+    ],
+)
+def test_bad_calls_of_check(arguments, error, fragment):
+    with pytest.raises(error, match=re.escape(fragment)):
+        checks.check(*arguments)
+
+
+# The notebooks ---------------------------------------------------------------------------------
+
+
+def exercise_cells(directory: Path, chapter: str) -> dict[str, list[str]]:
+    """Return task, stub, check and folded cell of each exercise in a chapter's notebook, by id."""
+    (path,) = directory.glob(f"{int(chapter):02d}_*.ipynb")
+    cells = nbformat.read(path, as_version=4).cells
+    found = {}
+    for i, cell in enumerate(cells):
+        called = re.match(r'lk\.check\("([\d.]+)", ', cell.source)
+        if cell.cell_type == "code" and called:
+            kinds = [c.cell_type for c in cells[i - 2 : i + 2]]
+            assert kinds == ["markdown", "code", "code", "markdown"], f"{path.name} {called[1]}"
+            assert called[1] not in found, f"{path.name} checks {called[1]} twice"
+            found[called[1]] = [c.source for c in cells[i - 2 : i + 2]]
+    return found
+
+
+def solution_of(folded: str) -> str:
+    parts = re.findall(r"<details>\s*<summary>(.*?)</summary>\n\n(.*?)\n\n</details>", folded, re.S)
+    assert [title for title, _ in parts] == ["Hint", "Bigger hint", "Solution"]
+    return "\n".join(re.findall(r"```python\n(.*?)```", parts[2][1], re.S))
+
+
+def definitions(source: str) -> dict[str, ast.FunctionDef]:
+    tree = ast.parse(textwrap.dedent(source))
+    return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def body_of(function: ast.FunctionDef) -> list[str]:
+    return [ast.dump(s) for s in function.body[ast.get_docstring(function) is not None :]]
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_chapter_and_registry_have_the_same_exercises(chapter):
+    registered = [e for e in EXERCISES if e.id.split(".")[0] == chapter]
+    assert list(exercise_cells(NOTEBOOKS, chapter)) == [e.id for e in registered]
+    assert 4 <= len(registered) <= 6
+    assert any(e.broken for e in registered), "no bug hunt"
+
+
+def test_every_notebook_has_checks():
+    assert {f"{int(path.name[:2])}" for path in NOTEBOOKS.glob("[0-9]*.ipynb")} == set(CHAPTERS)
+
+
+@each_exercise
+def test_notebook_cells(exercise: Exercise):
+    task, stub_cell, check, folded = exercise_cells(NOTEBOOKS, exercise.id.split(".")[0])[
+        exercise.id
+    ]
+    heading = f"### Exercise {exercise.id} {'★' * exercise.stars} · {exercise.minutes} min — "
+    assert task.startswith(heading + exercise.title + "\n")
+    assert check.strip() == f'lk.check("{exercise.id}", {", ".join(exercise.function_names)})'
+    stubs, solutions = definitions(stub_cell), definitions(solution_of(folded))
+    for name in exercise.function_names:
+        stub_ast = stubs[name]
+        assert ast.dump(stub_ast.args) == ast.dump(solutions[name].args)
+        assert ast.get_docstring(stub_ast)
+        if exercise.broken:
+            (broken,) = definitions(inspect.getsource(exercise.broken)).values()
+            assert body_of(stub_ast) == body_of(broken)
+            assert [a.arg for a in stub_ast.args.args] == [a.arg for a in broken.args.args]
+        else:
+            assert body_of(stub_ast) == [ast.dump(ast.parse("...").body[0])]
+
+
+@each_exercise
+def test_folded_solution_passes(exercise: Exercise):
+    _, stub_cell, _, folded = exercise_cells(NOTEBOOKS, exercise.id.split(".")[0])[exercise.id]
+    namespace = run(stub_cell)
+    before = verdict(exercise.id, *(namespace[name] for name in exercise.function_names))
+    assert before.status == "not attempted"
+    namespace = run(solution_of(folded), namespace)
+    after = verdict(exercise.id, *(namespace[name] for name in exercise.function_names))
+    assert after == checks.Verdict("correct", exercise.takeaway)
