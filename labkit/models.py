@@ -115,7 +115,7 @@ def smollm2_folder() -> Path:
 
 
 def smollm2_status() -> str:
-    """Return `"ready"`, `"missing"`, or `"damaged: …"` with the file that does not match its hash."""
+    """Return `"ready"`, `"missing"`, or `"damaged: …"`, which names the file."""
     folder = smollm2_folder()
     if not folder.exists():
         return "missing"
