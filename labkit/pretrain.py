@@ -137,16 +137,12 @@ def pretrain(
     facts |= {"device": device, "bf16_autocast": bf16, "torch": torch.__version__}
     log = folder / "train_log.jsonl"
     log.write_text(json.dumps(facts) + "\n")
-    order = torch.Generator().manual_seed(seed)
-    offsets = torch.arange(length)
     started, running = time.time(), None
-    for step in range(n_steps):
+    for step, batch in enumerate(_batches(train, n_steps, batch_size, length, seed)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, n_steps, peak_lr)
-        starts = torch.randint(len(train) - length, (batch_size, 1), generator=order)
-        batch = train[starts + offsets].to(device)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            loss = model(input_ids=batch, labels=batch).loss
+            loss = model(input_ids=batch.to(device), labels=batch.to(device)).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -160,10 +156,21 @@ def pretrain(
                 "train_nats_per_token": round(running, 4),
                 "held_out_nats_per_token": round(held_out_loss(model, held_out, length), 4),
             }
-            with log.open("a") as file:
-                print(json.dumps(record), file=file)
-            print(json.dumps(record), flush=True)
+            _note(log, record)
             model.save_pretrained(folder)
+
+
+def _batches(stream: torch.Tensor, n_steps: int, batch_size: int, length: int, seed: int):
+    order = torch.Generator().manual_seed(seed)
+    for _ in range(n_steps):
+        starts = torch.randint(len(stream) - length, (batch_size, 1), generator=order)
+        yield stream[starts + torch.arange(length)]
+
+
+def _note(log: Path, record: dict) -> None:
+    with log.open("a") as file:
+        print(json.dumps(record), file=file)
+    print(json.dumps(record), flush=True)
 
 
 def _optimizer(model) -> torch.optim.AdamW:
