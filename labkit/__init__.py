@@ -8,29 +8,17 @@ import logging
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-_HOME = {
-    "load_model": "models",
-    "generate": "models",
-    "text": "data",
-    "windows": "data",
-    "digits": "data",
-    "docstrings": "data",
-    "perplexity": "measure",
-    "paired_difference": "measure",
-    "save_weights": "measure",
-    "byte_ledger": "measure",
-    "latency": "measure",
-    "resident_memory": "measure",
-    "peak_memory": "measure",
-    "hardware": "measure",
-    "claim": "claims",
-    "check": "checks",
-    "subplots": "plotting",
-    "show": "plotting",
-    "COLORS": "plotting",
-    "MARKERS": "plotting",
-    "HATCHES": "plotting",
+_NAMES = {
+    "models": ("load_model", "generate"),
+    "data": ("text", "windows", "digits", "docstrings"),
+    "measure": ("perplexity", "paired_difference", "latency", "alternate"),
+    "ledger": ("save_weights", "load_weights", "byte_ledger"),
+    "machine": ("resident_memory", "peak_memory", "hardware", "quantized_engine"),
+    "claims": ("claim",),
+    "checks": ("check",),
+    "plotting": ("subplots", "show", "COLORS", "MARKERS", "HATCHES"),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = {*_HOME.values(), "kernels", "quant", "widgets"}
 
 __all__ = sorted({*_HOME, *_MODULES})

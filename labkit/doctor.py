@@ -122,16 +122,16 @@ def check_disk() -> Iterable[Finding]:
 
 def check_hardware() -> Iterable[Finding]:
     """Name the processor, what it offers for low precision, and torch's INT8 kernels for it."""
-    from labkit import measure
+    from labkit import machine
 
-    facts = measure.hardware()
+    facts = machine.hardware()
     cores = f"{facts['physical cores']} cores, {facts['logical cores']} threads"
     yield Finding("ok", f"processor: {facts['cpu']} ({facts['architecture']}), {cores}")
     sets = ", ".join(facts["instruction sets"]) or "none that speed up low precision"
     yield Finding("ok", f"instruction sets: {sets}")
     yield Finding("ok", f"GPU: {facts['gpu'] or 'none; every chapter runs without one'}")
     try:
-        yield Finding("ok", f"INT8 engine: {measure.quantized_engine()}")
+        yield Finding("ok", f"INT8 engine: {machine.quantized_engine()}")
     except RuntimeError as error:
         yield Finding("failed", f"INT8 engine: {error}", f"install torch for this CPU; {REINSTALL}")
 
@@ -154,7 +154,7 @@ def check_quantize_and_run() -> Iterable[Finding]:
     """Quantize the tiny LM with torch's INT8 kernels and with our 4-bit layers, and run both."""
     import torch
 
-    from labkit import data, kernels, measure, models
+    from labkit import data, kernels, machine, measure, models
 
     if not (models.TINY_FOLDER / "model.safetensors").exists():
         remedy = "in the folder of the workbook, run: git checkout -- labkit/tiny"
@@ -164,7 +164,7 @@ def check_quantize_and_run() -> Iterable[Finding]:
     model, tokenizer = models.load_model("tiny", "cpu")
     ids = data.windows(tokenizer, "eval", 4, 256)
     reference = measure.perplexity(model, ids)
-    torch.backends.quantized.engine = measure.quantized_engine()
+    torch.backends.quantized.engine = machine.quantized_engine()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated; chapter 1 says why and what replaces it
         int8 = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)

@@ -169,6 +169,19 @@ def number_text(x: float, digits: int | None = None) -> str:
     return f"{x:.{digits}g}" if digits else repr(float(x)).removesuffix(".0")
 
 
+def parse_number(text: str) -> float:
+    """Read what a person typed; ValueError says what is wrong and what would do."""
+    try:
+        value = float(text.replace("−", "-"))
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number; type one such as 0.1, -3 or 1e-5") from None
+    if math.isinf(value) and "inf" not in text.lower():
+        raise ValueError(f"{text} is too large to read; type a number up to 1.7e308")
+    if value == 0 and re.search("[1-9]", text.lower().split("e")[0]):
+        raise ValueError(f"{text} is too small to read; type 0 or a number from 5e-324 up")
+    return value
+
+
 def minus(text: str) -> str:
     """Put a real minus sign before numbers."""
     return re.sub(r"-(?=[\d(]|infinity)", "−", text)

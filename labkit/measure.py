@@ -1,4 +1,4 @@
-"""Quality with error bars and time with its spread; the way in to `ledger` and `machine`."""
+"""Quality with error bars, and time with its spread."""
 
 import math
 import time
@@ -8,23 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
-from labkit.ledger import byte_ledger, load_weights, save_weights
-from labkit.machine import hardware, peak_memory, quantized_engine, resident_memory
-
-__all__ = [
-    "alternate",
-    "byte_ledger",
-    "hardware",
-    "latency",
-    "load_weights",
-    "paired_difference",
-    "peak_memory",
-    "perplexity",
-    "quantized_engine",
-    "resident_memory",
-    "save_weights",
-]
 
 _QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
 

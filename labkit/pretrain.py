@@ -133,9 +133,9 @@ def pretrain(
     optimizer = _optimizer(model)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
+    log = folder / "train_log.jsonl"
     facts = {"parameters": sum(p.numel() for p in model.parameters()), "train_tokens": len(train)}
     facts |= {"device": device, "bf16_autocast": bf16, "torch": torch.__version__}
-    log = folder / "train_log.jsonl"
     log.write_text(json.dumps(facts) + "\n")
     started, running = time.time(), None
     for step, batch in enumerate(_batches(train, n_steps, batch_size, length, seed)):
@@ -149,14 +149,8 @@ def pretrain(
         optimizer.step()
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if (step + 1) % 100 == 0 or step + 1 == n_steps:
-            record = {
-                "step": step + 1,
-                "tokens": (step + 1) * batch.numel(),
-                "seconds": round(time.time() - started),
-                "train_nats_per_token": round(running, 4),
-                "held_out_nats_per_token": round(held_out_loss(model, held_out, length), 4),
-            }
-            _note(log, record)
+            seconds, held_out_nats = time.time() - started, held_out_loss(model, held_out, length)
+            _note(log, step + 1, (step + 1) * batch.numel(), seconds, running, held_out_nats)
             model.save_pretrained(folder)
 
 
@@ -167,7 +161,10 @@ def _batches(stream: torch.Tensor, n_steps: int, batch_size: int, length: int, s
         yield stream[starts + torch.arange(length)]
 
 
-def _note(log: Path, record: dict) -> None:
+def _note(log: Path, step: int, tokens: int, seconds: float, train: float, held_out: float) -> None:
+    record = {"step": step, "tokens": tokens, "seconds": round(seconds)}
+    record |= {"train_nats_per_token": round(train, 4)}
+    record |= {"held_out_nats_per_token": round(held_out, 4)}
     with log.open("a") as file:
         print(json.dumps(record), file=file)
     print(json.dumps(record), flush=True)

@@ -6,7 +6,7 @@ The picture is an `HTML` widget with an `<img>`, since `ipywidgets.Image` carrie
 import base64
 import html
 import math
-import re
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from labkit.formats import (
     fields,
     minus,
     number_text,
+    parse_number,
     resolve,
 )
 from labkit.formats import decode as decode
@@ -30,6 +31,10 @@ from labkit.quant import check_input, choose_qparams, dequantize, integer_range,
 
 GRANULARITIES = ("per tensor", "per channel", "groups of 128", "groups of 64", "groups of 32")
 PERCENTILES = (100.0, 99.9, 99.0)
+
+# JupyterLab sends events to two threads of the kernel, and pyplot's state is global. Re-entrant,
+# since a callback sets controls and so calls itself.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def bits_explorer(value: float = 0.1, number_format: str = "FP16"):
@@ -52,34 +57,32 @@ def bits_explorer(value: float = 0.1, number_format: str = "FP16"):
     buttons = [widgets.ToggleButton(layout={"width": "24px", "padding": "0"}) for _ in range(32)]
     row = widgets.HBox(layout={"flex_flow": "row wrap"})
     picture, sentence = widgets.HTML(), widgets.HTML()
-    state = {"value": value, "format": None, "busy": False}
+    state = {"format": None, "busy": False}
 
     def show(new: float | str, name: str) -> None:
         number, bits, _ = resolve(new, name)
+        digits = bits.replace(" ", "")
         state["busy"] = True  # what follows sets controls, and must not be taken for the reader
         if name != state["format"]:
             row.children = _button_groups(buttons, name)
-        for button, bit in zip(buttons, bits.replace(" ", ""), strict=False):
+        for button, bit in zip(buttons, digits, strict=False):
             button.description, button.value = bit, bit == "1"
         chooser.value, typed.value = name, number_text(number)
-        state.update(value=number, format=name, busy=False)
+        state.update(value=number, format=name, bits=digits, busy=False)
         picture.value = _image(bits_figure(new, name), bits_title(new, name))
         sentence.value = _paragraph(bits_sentence(new, name))
 
     def update(change) -> None:
-        if state["busy"]:
-            return
-        try:
-            if change.owner in buttons:
-                show(_pattern(buttons, state["format"]), state["format"])
-            else:
-                number = _parse(typed.value) if change.owner is typed else state["value"]
-                show(number, chooser.value)
-        except ValueError as problem:
-            state["busy"], chooser.value = True, state["format"]
-            state["busy"] = False
-            kept = f"Still showing {number_text(state['value'])} in {state['format']}."
-            sentence.value = _paragraph(f"{problem}. {kept}")
+        with _ONE_AT_A_TIME:
+            if state["busy"]:
+                return
+            try:
+                show(*_wanted(change, buttons, state))
+            except ValueError as problem:
+                state["busy"], chooser.value = True, state["format"]
+                state["busy"] = False
+                kept = f"Still showing {number_text(state['value'])} in {state['format']}."
+                sentence.value = _paragraph(f"{problem}. {kept}")
 
     show(value, number_format)
     for control in (chooser, typed, *buttons):
@@ -148,13 +151,11 @@ def grid_state(
     codes = quantize(units, scale, zero_point, bits, symmetric)
     restored = dequantize(codes, scale, zero_point)
     mse = float((restored - units).square().mean())
-    power = float(units.square().mean())
     part = row * len(units) // len(weight)
     qmin, qmax = integer_range(bits, symmetric)
-    kind = "symmetric" if symmetric else "asymmetric"
     place = f"row {row}" + (", first group" if "groups" in granularity else "")
     return GridState(
-        heading=f"{bits} bits, {kind}, {granularity}",
+        heading=f"{bits} bits, {'' if symmetric else 'a'}symmetric, {granularity}",
         part="whole tensor" if granularity == "per tensor" else place,
         grid=dequantize(torch.arange(qmin, qmax + 1), scale[part], zero_point[part]),
         weights=units[part],
@@ -164,7 +165,7 @@ def grid_state(
         levels_used=len(codes[part].unique()),
         clipped=int((units[part] != kept[part]).sum()),
         mse=mse,
-        snr_db=10 * math.log10(power / mse) if mse else math.inf,
+        snr_db=10 * math.log10(float(units.square().mean()) / mse) if mse else math.inf,
         bits_per_weight=bits + (16 if symmetric else 24) / units.shape[1],
     )
 
@@ -239,10 +240,11 @@ def grid_explorer(
     picture, sentence = widgets.HTML(), widgets.HTML()
 
     def update(change=None) -> None:
-        state = grid_state(weight, **{name: box.value for name, box in controls.items()})
-        controls["row"].disabled = controls["granularity"].value == "per tensor"
-        picture.value = _image(grid_figure(state), grid_title(state))
-        sentence.value = _paragraph(grid_sentence(state))
+        with _ONE_AT_A_TIME:
+            state = grid_state(weight, **{name: box.value for name, box in controls.items()})
+            controls["row"].disabled = controls["granularity"].value == "per tensor"
+            picture.value = _image(grid_figure(state), grid_title(state))
+            sentence.value = _paragraph(grid_sentence(state))
 
     for control in controls.values():
         control.style.description_width = "initial"
@@ -251,18 +253,6 @@ def grid_explorer(
     update()
     row = widgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
     return widgets.VBox([row, picture, sentence])
-
-
-def _parse(text: str) -> float:
-    try:
-        value = float(text.replace("−", "-"))
-    except ValueError:
-        raise ValueError(f"{text!r} is not a number; type one such as 0.1, -3 or 1e-5") from None
-    if math.isinf(value) and "inf" not in text.lower():
-        raise ValueError(f"{text} is too large to read; type a number up to 1.7e308")
-    if value == 0 and re.search("[1-9]", text.lower().split("e")[0]):
-        raise ValueError(f"{text} is too small to read; type 0 or a number from 5e-324 up")
-    return value
 
 
 def _button_groups(buttons: list, number_format: str) -> list:
@@ -283,9 +273,18 @@ def _button_groups(buttons: list, number_format: str) -> list:
     return groups
 
 
-def _pattern(buttons: list, number_format: str) -> str:
-    width = sum(fields(number_format).values())
-    return "".join(str(int(button.value)) for button in buttons[:width])
+def _wanted(change, buttons: list, state: dict) -> tuple[float | str, str]:
+    """Return the number or pattern, and the format, that a change of a control asks for."""
+    # Not the controls but the change counts: another event may have set the controls since.
+    if change.owner in buttons:
+        place, bit = buttons.index(change.owner), str(int(change.new))
+        bits = state["bits"]
+        return bits[:place] + bit + bits[place + 1 :] if place < len(bits) else bits, state[
+            "format"
+        ]
+    if change.new in FORMATS:
+        return state["value"], change.new
+    return parse_number(change.new), state["format"]
 
 
 def _image(figure, alt: str) -> str:

@@ -54,9 +54,12 @@ def grid(page):
 
 
 def assert_both_changed(explorer: Explorer, before: tuple[str, str]) -> None:
+    from playwright.sync_api import expect
+
+    # Widgets update one by one, so the picture may come a moment after the sentence.
+    expect(explorer.picture).not_to_have_attribute("src", before[0])
     picture, sentence = explorer.state()
     assert picture.startswith("data:image/png;base64,")
-    assert picture != before[0]
     assert sentence != before[1]
 
 
@@ -80,17 +83,19 @@ def test_bits_explorer_changes_with_a_typed_value(bits):
 
 
 def test_bits_explorer_changes_with_the_format_and_with_one_bit(bits):
+    from playwright.sync_api import expect
+
     bits.area.get_by_label("Format").select_option("INT4")
     bits.area.get_by_label("Value").fill("-3")
     bits.area.get_by_label("Value").press("Enter")
     bits.wait_for_sentence("INT4 1 101")
     buttons = bits.area.locator("button.widget-toggle-button")
-    assert buttons.all_inner_texts() == ["1", "1", "0", "1"]
+    expect(buttons).to_have_text(["1", "1", "0", "1"])
     before = bits.state()
     bits.area.get_by_title("value bit 1").click()
     bits.wait_for_sentence("INT4 1 111")
     assert_both_changed(bits, before)
-    assert bits.area.get_by_label("Value").input_value() == "-1"
+    expect(bits.area.get_by_label("Value")).to_have_value("-1")
 
 
 def test_bits_explorer_keeps_its_picture_on_bad_input(bits):

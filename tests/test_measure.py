@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from labkit import ledger, measure
+from labkit import ledger, machine, measure
 from labkit.kernels import PackedLinear
 
 pytestmark = pytest.mark.filterwarnings(
@@ -56,16 +56,16 @@ def dynamic(model, per_channel=False, dtype=torch.qint8):
     layers = {nn.Linear, nn.LSTM}
     if per_channel:
         layers = {nn.Linear: quantization.per_channel_dynamic_qconfig}
-    torch.backends.quantized.engine = measure.quantized_engine()
+    torch.backends.quantized.engine = machine.quantized_engine()
     return quantization.quantize_dynamic(model, layers, dtype=dtype)
 
 
 def static(seed=0):
     quantization = torch.ao.quantization
-    torch.backends.quantized.engine = measure.quantized_engine()
+    torch.backends.quantized.engine = machine.quantized_engine()
     model = nn.Sequential(quantization.QuantStub(), *mlp(seed), quantization.DeQuantStub()).eval()
     model = quantization.fuse_modules(model, [["1", "2"]])
-    model.qconfig = quantization.get_default_qconfig(measure.quantized_engine())
+    model.qconfig = quantization.get_default_qconfig(machine.quantized_engine())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         prepared = quantization.prepare(model)
@@ -269,18 +269,18 @@ def test_paired_difference_needs_the_same_two_windows():
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_ledger_adds_up_to_the_file(kind, tmp_path):
     model = MODELS[kind]()
-    path = measure.save_weights(model, tmp_path / "model.safetensors")
-    found = measure.byte_ledger(path)
+    path = ledger.save_weights(model, tmp_path / "model.safetensors")
+    found = ledger.byte_ledger(path)
     assert sum(found.values()) == path.stat().st_size
     assert list(found) == [*ledger.CATEGORIES, ledger.OVERHEAD]
     tensors = sum(t.nbytes for t in load_file(path).values())
     assert found[ledger.OVERHEAD] == path.stat().st_size - tensors
-    assert measure.byte_ledger(model) == found
+    assert ledger.byte_ledger(model) == found
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def check_ledger(model, **expected):
-    found = measure.byte_ledger(model)
+    found = ledger.byte_ledger(model)
     del found[ledger.OVERHEAD]
     assert found == dict.fromkeys(ledger.CATEGORIES, 0) | {
         name.replace("_", " "): nbytes for name, nbytes in expected.items()
@@ -363,14 +363,14 @@ def test_a_head_listed_before_the_embedding_is_still_an_embedding():
 
 def test_a_module_used_in_two_places_is_stored_once():
     layer = dynamic(nn.Sequential(nn.Linear(16, 8, bias=False)))[0]
-    found = measure.byte_ledger(nn.ModuleDict({"first": layer, "second": layer}))
+    found = ledger.byte_ledger(nn.ModuleDict({"first": layer, "second": layer}))
     assert found["quantized codes"] == 16 * 8
 
 
 def test_buffers_that_are_not_persistent_are_not_stored(tmp_path):
     model = language_model()
     assert any("inv_freq" in name for name, _ in model.named_buffers())
-    names = load_file(measure.save_weights(model, tmp_path / "m")).keys()
+    names = load_file(ledger.save_weights(model, tmp_path / "m")).keys()
     assert names == {name for name in model.state_dict() if name != "lm_head.weight"}
 
 
@@ -384,7 +384,7 @@ def test_views_of_one_storage_are_stored_for_what_they_show():
 @pytest.mark.parametrize("kind", ["dynamic per tensor", "dynamic per channel", "static mlp"])
 def test_the_file_holds_the_weights_that_torch_hides(kind, tmp_path):
     model = MODELS[kind]()
-    stored = load_file(measure.save_weights(model, tmp_path / "m"))
+    stored = load_file(ledger.save_weights(model, tmp_path / "m"))
     layers = [(n, m) for n, m in model.named_modules() if callable(getattr(m, "weight", None))]
     assert layers
     for name, layer in layers:
@@ -398,12 +398,12 @@ def test_the_file_holds_the_weights_that_torch_hides(kind, tmp_path):
 
 
 def test_saving_asks_before_overwriting(tmp_path):
-    path = measure.save_weights(mlp(), tmp_path / "m")
+    path = ledger.save_weights(mlp(), tmp_path / "m")
     before = path.read_bytes()
     with pytest.raises(FileExistsError, match="overwrite=True"):
-        measure.save_weights(language_model(), path)
+        ledger.save_weights(language_model(), path)
     assert path.read_bytes() == before
-    measure.save_weights(language_model(), path, overwrite=True)
+    ledger.save_weights(language_model(), path, overwrite=True)
     assert path.read_bytes() != before
 
 
@@ -414,7 +414,7 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr("safetensors.torch.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        measure.save_weights(mlp(), tmp_path / "m")
+        ledger.save_weights(mlp(), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -424,9 +424,9 @@ def test_what_cannot_be_stored_is_named(tmp_path):
             return {"secret": 1}
 
     with pytest.raises(TypeError, match=r"0\._extra_state"):
-        measure.save_weights(nn.Sequential(Odd(2, 2)), tmp_path / "m")
+        ledger.save_weights(nn.Sequential(Odd(2, 2)), tmp_path / "m")
     with pytest.raises(TypeError, match="meta"):
-        measure.byte_ledger(nn.Linear(2, 2, device="meta"))
+        ledger.byte_ledger(nn.Linear(2, 2, device="meta"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -437,9 +437,9 @@ def test_files_of_others_have_no_ledger(tmp_path):
     short.write_bytes(b"123")
     for path in (foreign, text, short):
         with pytest.raises(ValueError, match="not written by labkit"):
-            measure.byte_ledger(path)
+            ledger.byte_ledger(path)
     with pytest.raises(FileNotFoundError):
-        measure.byte_ledger(tmp_path / "none")
+        ledger.byte_ledger(tmp_path / "none")
 
 
 # Loading
@@ -447,14 +447,14 @@ def test_files_of_others_have_no_ledger(tmp_path):
 
 @pytest.mark.parametrize("kind", RELOADABLE)
 def test_load_is_the_inverse_of_save(kind, tmp_path):
-    first = measure.save_weights(MODELS[kind](), tmp_path / "first")
+    first = ledger.save_weights(MODELS[kind](), tmp_path / "first")
     model = MODELS[kind](seed=1)
     one = load_file(first)
-    other = load_file(measure.save_weights(model, tmp_path / "other"))
+    other = load_file(ledger.save_weights(model, tmp_path / "other"))
     same = {name for name in one if torch.equal(one[name], other[name])}
     assert all("zero_point" in name or "num_batches" in name for name in same)
-    measure.load_weights(model, first)
-    again = measure.save_weights(model, tmp_path / "again")
+    ledger.load_weights(model, first)
+    again = ledger.save_weights(model, tmp_path / "again")
     two = load_file(again)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -463,7 +463,7 @@ def test_load_is_the_inverse_of_save(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["float tied", "dynamic per channel", "packed 4 asymmetric"])
 def test_a_loaded_model_computes_the_same(kind, tmp_path, ids):
     saved, model = MODELS[kind](), MODELS[kind](seed=1)
-    measure.load_weights(model, measure.save_weights(saved, tmp_path / "m"))
+    ledger.load_weights(model, ledger.save_weights(saved, tmp_path / "m"))
     with torch.no_grad():
         assert torch.equal(model(ids[:1]).logits, saved(ids[:1]).logits)
 
@@ -472,36 +472,36 @@ def test_a_loaded_static_network_computes_the_same(tmp_path):
     saved, model = static(), static(seed=1)
     x = torch.rand(20, 64) * 2
     assert not torch.equal(model(x), saved(x))
-    measure.load_weights(model, measure.save_weights(saved, tmp_path / "m"))
+    ledger.load_weights(model, ledger.save_weights(saved, tmp_path / "m"))
     assert torch.equal(model(x), saved(x))
 
 
 def test_loading_ties_again(tmp_path):
-    path = measure.save_weights(language_model(tied=True), tmp_path / "m")
+    path = ledger.save_weights(language_model(tied=True), tmp_path / "m")
     model = language_model(tied=False)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
-    measure.load_weights(model, path)
+    ledger.load_weights(model, path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_loading_is_strict_and_changes_nothing_when_it_fails(tmp_path):
-    path = measure.save_weights(language_model(tied=False), tmp_path / "m")
+    path = ledger.save_weights(language_model(tied=False), tmp_path / "m")
     tied = language_model(seed=1)
     before = {name: tensor.clone() for name, tensor in tied.state_dict().items()}
     with pytest.raises(ValueError, match=r"1 unknown to the model \(lm_head\.weight"):
-        measure.load_weights(tied, path)
+        ledger.load_weights(tied, path)
     with pytest.raises(ValueError, match="missing in the file"):
-        measure.load_weights(mlp(), path)
+        ledger.load_weights(mlp(), path)
     with pytest.raises(ValueError, match="another shape or dtype"):
-        measure.load_weights(language_model(tied=False).half(), path)
+        ledger.load_weights(language_model(tied=False).half(), path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tied.state_dict().items())
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
     model = MODELS["dynamic lstm"]()
-    path = measure.save_weights(model, tmp_path / "m")
+    path = ledger.save_weights(model, tmp_path / "m")
     with pytest.raises(TypeError, match="0, a LSTM"):
-        measure.load_weights(model, path)
+        ledger.load_weights(model, path)
 
 
 # Time
@@ -566,14 +566,14 @@ def test_timing_refuses_bad_input():
 
 
 def test_resident_memory_sees_what_is_allocated():
-    before = measure.resident_memory()
+    before = machine.resident_memory()
     block = torch.ones(25_000_000)
-    assert measure.resident_memory() - before == pytest.approx(block.nbytes, rel=0.1)
+    assert machine.resident_memory() - before == pytest.approx(block.nbytes, rel=0.1)
 
 
 def test_peak_memory_sees_the_child_and_not_its_parent():
     block = torch.ones(75_000_000)  # 300 MB here
-    small = measure.peak_memory("result = 1")
+    small = machine.peak_memory("result = 1")
     assert block.sum() > 0
     assert 3e6 < small.nbytes < 60e6
     code = """
@@ -583,11 +583,11 @@ def test_peak_memory_sees_the_child_and_not_its_parent():
         result = {"note": "größer", "numbers": [1, 2.5, None]}
         print("something else")
     """
-    large = measure.peak_memory(code)
+    large = machine.peak_memory(code)
     assert 0.95 * 200e6 < large.nbytes - small.nbytes < 1.2 * 200e6
     assert small.result == 1
     assert large.result == {"note": "größer", "numbers": [1, 2.5, None]}
-    assert measure.peak_memory("pass").result is None
+    assert machine.peak_memory("pass").result is None
 
 
 @pytest.mark.parametrize(
@@ -601,14 +601,14 @@ def test_peak_memory_sees_the_child_and_not_its_parent():
 )
 def test_peak_memory_reports_failures(code, words):
     with pytest.raises(RuntimeError, match=words):
-        measure.peak_memory(code, timeout=1 if "sleep" in code else 60)
+        machine.peak_memory(code, timeout=1 if "sleep" in code else 60)
 
 
 # The machine
 
 
 def test_hardware_facts_agree_with_what_torch_and_the_disk_say():
-    found = measure.hardware()
+    found = machine.hardware()
     assert found["torch"] == torch.__version__
     assert found["logical cores"] >= (found["physical cores"] or 1) >= 1
     assert found["memory bytes"] > 2**30
@@ -616,7 +616,7 @@ def test_hardware_facts_agree_with_what_torch_and_the_disk_say():
     assert ("AVX2" in found["instruction sets"]) == torch.cpu._is_avx2_supported()
     assert ("AVX-512 VNNI" in found["instruction sets"]) == torch.cpu._is_vnni_supported()
     assert ("AMX INT8" in found["instruction sets"]) == torch.cpu._is_amx_tile_supported()
-    assert measure.quantized_engine() in found["quantized engines"]
+    assert machine.quantized_engine() in found["quantized engines"]
 
 
 @pytest.mark.parametrize(
@@ -631,10 +631,10 @@ def test_hardware_facts_agree_with_what_torch_and_the_disk_say():
 def test_quantized_engine(monkeypatch, machine, engines, expected):
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=engines))
-    assert measure.quantized_engine() == expected
+    assert machine.quantized_engine() == expected
 
 
 def test_no_quantized_engine(monkeypatch):
     monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["none"]))
     with pytest.raises(RuntimeError, match="no INT8 engine"):
-        measure.quantized_engine()
+        machine.quantized_engine()

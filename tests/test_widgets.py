@@ -5,11 +5,13 @@ import math
 import random
 import re
 import struct
+import threading
 
 import ipywidgets
 import pytest
 import torch
 
+from labkit import widgets
 from labkit.plotting import png
 from labkit.widgets import (
     FORMATS,
@@ -260,6 +262,39 @@ def test_bits_explorer_refuses_a_format_that_lacks_the_number():
     find(explorer, "Format").value = "BF16"
     assert 'labkit-sentence" role="status"' in shown(explorer)[1]
     assert "BF16 0 11111111 0000000: " in shown(explorer)[1]
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [("typed", "INT8 0 0000101"), ("bit", "INT8 0 0000101"), ("format", "INT4 0 111")],
+)
+def test_bits_explorer_loses_no_event_that_comes_while_it_draws(second, expected, monkeypatch):
+    # JupyterLab sends the first comm messages to the main thread and later ones to a subshell
+    # thread, so that two callbacks can run at once.
+    explorer = bits_explorer(3, "INT8")
+    value, chooser, bit = find(explorer, "Value"), find(explorer, "Format"), toggles(explorer)[-2]
+    drawing, go_on = threading.Event(), threading.Event()
+    plain = widgets.number_text
+
+    def slow(*arguments):
+        drawing.set()
+        assert go_on.wait(10)
+        return plain(*arguments)
+
+    monkeypatch.setattr(widgets, "number_text", slow)
+    events = {"typed": (value, "5"), "bit": (bit, False), "format": (chooser, "INT4")}
+    control, new = events[second]
+    first = threading.Thread(target=setattr, args=(value, "value", "7"))
+    after = threading.Thread(target=setattr, args=(control, "value", new))
+    first.start()
+    assert drawing.wait(10)
+    after.start()
+    after.join(0.3)  # time to be lost
+    go_on.set()
+    first.join(10)
+    after.join(10)
+    assert expected in shown(explorer)[1]
+    assert value.value == ("7" if second == "format" else "5")
 
 
 # The grid of a weight
