@@ -52,8 +52,9 @@ def subplots(rows: int = 1, columns: int = 1, **kwargs):
     from cycler import cycler
 
     cycle = cycler(color=list(COLORS.values())) + cycler(marker=MARKERS)
-    with mpl.rc_context({**_STYLE, "axes.prop_cycle": cycle, "lines.markersize": 5}):
-        return plt.subplots(rows, columns, **kwargs)
+    # For good, not in a context: titles and legends are made after this returns.
+    mpl.rcParams.update({**_STYLE, "axes.prop_cycle": cycle, "lines.markersize": 5})
+    return plt.subplots(rows, columns, **kwargs)
 
 
 def png(figure) -> bytes:

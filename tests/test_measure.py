@@ -620,7 +620,7 @@ def test_hardware_facts_agree_with_what_torch_and_the_disk_say():
 
 
 @pytest.mark.parametrize(
-    ("machine", "engines", "expected"),
+    ("processor", "engines", "expected"),
     [
         ("x86_64", ["qnnpack", "onednn", "x86", "fbgemm"], "x86"),
         ("AMD64", ["none", "fbgemm", "qnnpack"], "fbgemm"),
@@ -628,8 +628,8 @@ def test_hardware_facts_agree_with_what_torch_and_the_disk_say():
         ("aarch64", ["qnnpack", "onednn", "x86"], "qnnpack"),
     ],
 )
-def test_quantized_engine(monkeypatch, machine, engines, expected):
-    monkeypatch.setattr("platform.machine", lambda: machine)
+def test_quantized_engine(monkeypatch, processor, engines, expected):
+    monkeypatch.setattr("platform.processor", lambda: processor)
     monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=engines))
     assert machine.quantized_engine() == expected
 
