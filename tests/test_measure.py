@@ -629,7 +629,7 @@ def test_hardware_facts_agree_with_what_torch_and_the_disk_say():
     ],
 )
 def test_quantized_engine(monkeypatch, processor, engines, expected):
-    monkeypatch.setattr("platform.processor", lambda: processor)
+    monkeypatch.setattr("platform.machine", lambda: processor)
     monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=engines))
     assert machine.quantized_engine() == expected
 
