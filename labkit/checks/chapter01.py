@@ -184,6 +184,12 @@ def zero_divided_by_zero(x, bits):
     return (x / scale).round() * scale
 
 
+def largest_x_unclipped(x, bits):
+    """Takes the scale from max x and does not clip, so large negative values get more codes."""
+    scale = x.max() / (2 ** (bits - 1) - 1)
+    return torch.nan_to_num(x / scale).round() * scale
+
+
 def min_to_max(x, bits):
     """Stretches an asymmetric grid from min x to max x."""
     scale = (x.max() - x.min()) / (2**bits - 1)
@@ -192,6 +198,7 @@ def min_to_max(x, bits):
 
 _WRONG_SYMMETRIC = (
     (largest_x, "the scale comes from the largest |x|, not from the largest x"),
+    (largest_x_unclipped, "take the scale from the largest |x|, or codes leave the range"),
     (cut_off, "round to the nearest code instead of cutting the fraction off"),
     (all_levels_on_each_side, "2^b − 1 codes on each side of 0 need b + 1 bits"),
     (scale_of_the_unsigned_range, "a scale of max |x| / (2^b − 1) is too small: large values clip"),
