@@ -11,7 +11,7 @@ for _name in ("torchao", "torch.utils._pytree"):
 _NAMES = {
     "models": ("load_model", "generate"),
     "data": ("text", "windows", "digits", "docstrings"),
-    "measure": ("perplexity", "paired_difference", "latency", "alternate"),
+    "measure": ("perplexity", "paired_difference", "alternate"),
     "ledger": ("save_weights", "load_weights", "byte_ledger"),
     "machine": ("resident_memory", "peak_memory", "hardware", "quantized_engine"),
     "claims": ("claim",),

@@ -3,7 +3,6 @@
 import json
 import os
 import tempfile
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -241,7 +240,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        TypeError: if the model hides weights that torch cannot set (LSTM, GRU); names the module.
+        TypeError: if the model holds layers that `torch.ao` quantized; names the first.
         ValueError: if names, shapes or dtypes differ, or `save_weights` did not write the file.
     """
     from safetensors.torch import load_file
@@ -251,15 +250,16 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     stored, parameters = _collect(model), dict(model.named_parameters())
     ties = _ties_to_make(note["ties"], parameters)
     expected = {name: tensor for name, tensor in stored.tensors.items() if name not in ties}
-    _refuse_unsettable(model, stored.unpacked)
+    if stored.unpacked:
+        raise TypeError(
+            f"model: load_weights cannot fill {next(iter(stored.unpacked))!r}, a layer "
+            "of torch.ao; load the float model, then quantize it again"
+        )
     loaded = load_file(path)
     _check_same(expected, loaded)
     for alias, name in ties.items():
         owner, _, leaf = alias.rpartition(".")
         setattr(model.get_submodule(owner), leaf, parameters[name])
-    for name, leaves in stored.unpacked.items():
-        parts = {leaf: loaded[f"{name}.{leaf}".lstrip(".")] for leaf in leaves}
-        _repack(model.get_submodule(name), parts)
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(loaded[name])
@@ -274,13 +274,6 @@ def _ties_to_make(ties: dict[str, str], parameters: dict[str, nn.Parameter]) -> 
     }
 
 
-def _refuse_unsettable(model: nn.Module, unpacked: dict[str, set[str]]) -> None:
-    for name, leaves in unpacked.items():
-        module = model.get_submodule(name)
-        if leaves - {"scale", "zero_point"} and not _can_set(module):
-            raise TypeError(f"model: cannot load into {name}, a {type(module).__name__}")
-
-
 def _check_same(expected: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> None:
     both = expected.keys() & loaded.keys()
     forms = [{name: (t.dtype, t.shape) for name, t in side.items()} for side in (expected, loaded)]
@@ -292,27 +285,3 @@ def _check_same(expected: dict[str, torch.Tensor], loaded: dict[str, torch.Tenso
     found = [f"{len(v)} {k} ({', '.join(sorted(v)[:3])} …)" for k, v in problems.items() if v]
     if found:
         raise ValueError(f"path: the file and the model differ; {'; '.join(found)}")
-
-
-def _repack(module: nn.Module, parts: dict[str, torch.Tensor]) -> None:
-    if "scale" in parts:
-        module.scale, module.zero_point = parts["scale"].item(), parts["zero_point"].item()
-    if _can_set(module):
-        weight = parts["weight"].float() if "weight" in parts else _join(module, parts)
-        module.set_weight_bias(weight, parts.get("bias"))
-
-
-def _can_set(module: nn.Module) -> bool:
-    # An LSTM has `set_weight_bias` too, but for another kind of argument.
-    return hasattr(module, "set_weight_bias") and callable(getattr(module, "weight", None))
-
-
-def _join(module: nn.Module, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-    codes, scale, zero_point = (parts[f"weight.{k}"] for k in ("codes", "scale", "zero_point"))
-    with warnings.catch_warnings():  # quantized dtypes are deprecated; the model has them already
-        warnings.simplefilter("ignore")
-        if scale.ndim == 0:
-            return torch._make_per_tensor_quantized_tensor(codes, scale.item(), zero_point.item())
-        axis = module.weight().q_per_channel_axis()
-        make = torch._make_per_channel_quantized_tensor
-        return make(codes, scale.double(), zero_point.long(), axis)

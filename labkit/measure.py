@@ -165,35 +165,6 @@ class Latency:
         return f"{middle} {unit} ({low} to {high}, {self.runs} runs, threads: {self.threads})"
 
 
-def latency(
-    function: Callable[[], Any], repeats: int = 7, warmup: int = 2, threads: int | None = None
-) -> Latency:
-    """Time a call.
-
-    Args:
-        function: called without arguments.
-        repeats: calls that count, 1 or more.
-        warmup: calls before them that do not.
-        threads: torch threads within an operation; None leaves them. Put back afterwards.
-
-    Returns:
-        A `Latency`, in seconds.
-
-    Raises:
-        TypeError: if `function` cannot be called.
-        ValueError: if a count is out of range.
-    """
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, or None to leave them, not {threads}")
-    before = torch.get_num_threads()
-    try:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        return alternate({"function": function}, repeats, warmup)["function"]
-    finally:
-        torch.set_num_threads(before)
-
-
 def alternate(
     functions: dict[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1
 ) -> dict[str, Latency]:

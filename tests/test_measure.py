@@ -111,7 +111,7 @@ MODELS = {
     "packed 8 symmetric": lambda seed=0: packed(language_model(seed=seed), 8, True),
     "packed 8 asymmetric": lambda seed=0: packed(language_model(seed=seed), 8, False),
 }
-RELOADABLE = [name for name in MODELS if name != "dynamic lstm"]
+RELOADABLE = [name for name in MODELS if not name.startswith(("dynamic", "static"))]
 
 
 @pytest.fixture
@@ -460,20 +460,12 @@ def test_load_is_the_inverse_of_save(kind, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("kind", ["float tied", "dynamic per channel", "packed 4 asymmetric"])
+@pytest.mark.parametrize("kind", ["float tied", "packed 4 asymmetric"])
 def test_a_loaded_model_computes_the_same(kind, tmp_path, ids):
     saved, model = MODELS[kind](), MODELS[kind](seed=1)
     ledger.load_weights(model, ledger.save_weights(saved, tmp_path / "m"))
     with torch.no_grad():
         assert torch.equal(model(ids[:1]).logits, saved(ids[:1]).logits)
-
-
-def test_a_loaded_static_network_computes_the_same(tmp_path):
-    saved, model = static(), static(seed=1)
-    x = torch.rand(20, 64) * 2
-    assert not torch.equal(model(x), saved(x))
-    ledger.load_weights(model, ledger.save_weights(saved, tmp_path / "m"))
-    assert torch.equal(model(x), saved(x))
 
 
 def test_loading_ties_again(tmp_path):
@@ -500,17 +492,21 @@ def test_loading_is_strict_and_changes_nothing_when_it_fails(tmp_path):
 def test_what_cannot_be_loaded_is_named(tmp_path):
     model = MODELS["dynamic lstm"]()
     path = ledger.save_weights(model, tmp_path / "m")
-    with pytest.raises(TypeError, match="0, a LSTM"):
+    with pytest.raises(TypeError, match=r"cannot fill '0', a layer of torch\.ao"):
         ledger.load_weights(model, path)
 
 
 # Time
 
 
+def time_of(function, **options) -> measure.Latency:
+    return measure.alternate({"function": function}, **options)["function"]
+
+
 def test_latency_orders_and_counts():
     calls = []
-    quick = measure.latency(lambda: calls.append(0), repeats=5, warmup=3)
-    slow = measure.latency(lambda: time.sleep(0.05), repeats=3, warmup=0)
+    quick = time_of(lambda: calls.append(0), repeats=5, warmup=3)
+    slow = time_of(lambda: time.sleep(0.05), repeats=3, warmup=0)
     assert len(calls) == 8
     assert quick.seconds < slow.seconds
     assert slow.low >= 0.045
@@ -523,20 +519,8 @@ def test_latency_orders_and_counts():
 def test_latency_is_a_median_with_quartiles(monkeypatch):
     times = iter([9.0, 1.0, 2.0, 3.0, 4.0, 50.0])
     monkeypatch.setattr("labkit.measure._seconds", lambda function: next(times))
-    found = measure.latency(lambda: None, repeats=5, warmup=1)
+    found = time_of(lambda: None, repeats=5, warmup=1)
     assert (found.low, found.seconds, found.high) == (2.0, 3.0, 4.0)
-
-
-def test_latency_puts_the_threads_back():
-    before, seen = torch.get_num_threads(), []
-    wanted = before + 1
-    found = measure.latency(lambda: seen.append(torch.get_num_threads()), threads=wanted)
-    assert set(seen) == {wanted}
-    assert found.threads == wanted
-    assert torch.get_num_threads() == before
-    with pytest.raises(ZeroDivisionError):
-        measure.latency(lambda: 1 / 0, threads=wanted)
-    assert torch.get_num_threads() == before
 
 
 def test_alternate_takes_turns():
@@ -551,13 +535,11 @@ def test_alternate_takes_turns():
 
 def test_timing_refuses_bad_input():
     with pytest.raises(ValueError, match="repeats"):
-        measure.latency(int, repeats=0)
+        time_of(int, repeats=0)
     with pytest.raises(ValueError, match="warmup"):
-        measure.latency(int, warmup=-1)
-    with pytest.raises(ValueError, match="threads"):
-        measure.latency(int, threads=0)
+        time_of(int, warmup=-1)
     with pytest.raises(TypeError, match="function"):
-        measure.latency(3)
+        time_of(3)
     with pytest.raises(ValueError, match="empty"):
         measure.alternate({})
 
