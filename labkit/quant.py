@@ -134,6 +134,92 @@ def fake_quantize(
     return dequantize(quantize(x, scale, zero_point, bits, symmetric), scale, zero_point)
 
 
+def to_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Cut each row of a weight into groups of inputs that share a scale.
+
+    If `group_size` does not divide the inputs, the last group is shorter. Here it is filled up with
+    zeros, which change no scale, because 0 is in every range.
+
+    Args:
+        weight: `(out, in)`.
+        group_size: inputs a group, 1 to `in`.
+
+    Returns:
+        `(out, n_groups, group_size)`.
+
+    Raises:
+        ValueError: if `weight` is no matrix or `group_size` is out of range.
+    """
+    if weight.ndim != 2:
+        raise ValueError(f"weight must be (out, in), not of shape {tuple(weight.shape)}")
+    inputs = weight.shape[1]
+    if not 1 <= group_size <= inputs:
+        raise ValueError(f"group_size must be from 1 to the {inputs} inputs, not {group_size}")
+    padded = torch.nn.functional.pad(weight, (0, -inputs % group_size))
+    return padded.unflatten(1, (-1, group_size))
+
+
+def gptq(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    group_size: int,
+    bits: int = 4,
+    symmetric: bool = False,
+    damping: float = 0.01,
+) -> torch.Tensor:
+    """Round a weight input by input; each rounding error is made good by the inputs still to come.
+
+    Inputs go in the order of falling activation power. One that never fires (its Hessian row is
+    zero) is rounded to nearest.
+
+    Args:
+        weight: `(out, in)`, finite.
+        hessian: `(in, in)`, the mean of x xᵀ over calibration tokens.
+        scale, zero_point: `(out, n_groups, 1)`, from `choose_qparams(to_groups(...), dim=-1)`.
+        group_size, bits, symmetric: what they were chosen with.
+        damping: share of the mean diagonal added to the diagonal, so that a singular Hessian has
+            an inverse; more than 0.
+
+    Returns:
+        Codes `(out, in)`, uint8, or int8 when symmetric.
+
+    Raises:
+        TypeError, ValueError: see `check_input`; ValueError too for a Hessian of another shape or
+            with NaN or infinity (were the activations finite?), or a `damping` not above 0.
+
+    Source: Frantar et al., "GPTQ", arXiv 2210.17323; static groups and order as in its code.
+    """
+    check_input(weight, bits)
+    inputs = weight.shape[1]
+    if hessian.shape != (inputs, inputs) or not torch.isfinite(hessian).all():
+        raise ValueError(f"hessian must be ({inputs}, {inputs}) and finite: check the activations")
+    if damping <= 0:
+        raise ValueError(f"damping must be above 0, for example 0.01, not {damping}")
+    power = hessian.diagonal()
+    order = power.argsort(descending=True, stable=True)
+    hessian = hessian.float() + torch.diag((power == 0) + damping * power.mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    rows = weight.float().T[order]  # one row an input, in memory order
+    codes = torch.empty_like(rows)
+    qmin, qmax = integer_range(bits, symmetric)
+    for start in range(0, inputs, 64):
+        block = slice(start, min(start + 64, inputs))
+        errors = torch.zeros_like(rows[block])
+        for j in range(block.start, block.stop):
+            group = order[j] // group_size
+            s, z = scale[:, group, 0], zero_point[:, group, 0]
+            codes[j] = ((rows[j] / s).round() + z).clamp(qmin, qmax)
+            errors[j - start] = (rows[j] - (codes[j] - z) * s) / factor[j, j]
+            rows[j + 1 : block.stop] -= torch.outer(
+                factor[j, j + 1 : block.stop], errors[j - start]
+            )
+        rows[block.stop :] -= factor[block, block.stop :].T @ errors
+    return codes[order.argsort()].T.contiguous().to(torch.int8 if symmetric else torch.uint8)
+
+
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     """Put two 4-bit codes into each byte, the first of a pair in the low half.
 

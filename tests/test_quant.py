@@ -445,3 +445,116 @@ def test_packed_layer_refuses_other_bits(bits):
 def test_packed_layer_refuses_other_group_sizes(group_size):
     with pytest.raises(ValueError, match=f"group_size must divide the 64 inputs, not {group_size}"):
         kernels.PackedLinear(layer(), 4, group_size)
+
+
+# Groups and GPTQ
+
+
+def activations(tokens: int = 400, inputs: int = 48, seed: int = 5) -> torch.Tensor:
+    """Return correlated activations with a few large inputs, as a language model has them."""
+    x = random(tokens, inputs, seed=seed) @ random(inputs, inputs, seed=seed + 1)
+    x[:, ::11] *= 20
+    return x
+
+
+def output_error(weight, approximation, hessian) -> float:
+    difference = (approximation - weight).double()
+    return ((difference @ hessian.double()) * difference).sum().item()
+
+
+def both_ways(weight, hessian, group_size, symmetric, **options):
+    """Return the weight rounded to nearest and by GPTQ, on the same grid."""
+    scale, zero_point = quant.choose_qparams(
+        quant.to_groups(weight, group_size), 4, symmetric, dim=-1
+    )
+    codes = quant.gptq(
+        weight, hessian, scale, zero_point, group_size, symmetric=symmetric, **options
+    )
+    width = weight.shape[1]
+    scale, zero_point = (
+        t.expand(-1, -1, group_size).flatten(1)[:, :width] for t in (scale, zero_point)
+    )
+    nearest = quant.quantize(weight, scale, zero_point, 4, symmetric)
+    assert codes.dtype == nearest.dtype
+    return [quant.dequantize(c, scale, zero_point) for c in (nearest, codes)]
+
+
+def test_groups_cut_rows_and_the_last_one_is_filled_with_zeros():
+    weight = random(3, 10)
+    groups = quant.to_groups(weight, 4)
+    assert groups.shape == (3, 3, 4)
+    assert torch.equal(groups.flatten(1)[:, :10], weight)
+    assert (groups[:, 2, 2:] == 0).all()
+    tail = quant.choose_qparams(groups, 4, dim=-1)[0][:, 2]
+    assert torch.equal(tail, quant.choose_qparams(weight[:, 8:], 4, dim=-1)[0])
+
+
+@pytest.mark.parametrize("group_size", [0, -4, 11])
+def test_groups_refuse_other_sizes(group_size):
+    message = f"group_size must be from 1 to the 10 inputs, not {group_size}"
+    with pytest.raises(ValueError, match=message):
+        quant.to_groups(random(3, 10), group_size)
+    with pytest.raises(ValueError, match=r"weight must be \(out, in\), not of shape \(10,\)"):
+        quant.to_groups(random(10), 2)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [16, 20, 48])
+def test_gptq_with_an_identity_hessian_is_rounding_to_nearest(group_size, symmetric):
+    nearest, got = both_ways(random(8, 48), torch.eye(48), group_size, symmetric)
+    assert torch.equal(nearest, got)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [16, 20, 48])
+@pytest.mark.parametrize("seed", range(4))
+def test_gptq_lowers_the_output_error(seed, group_size, symmetric):
+    x, weight = activations(seed=10 * seed), random(32, 48, seed=seed)
+    hessian = x.T @ x / len(x)
+    nearest, got = both_ways(weight, hessian, group_size, symmetric)
+    assert output_error(weight, got, hessian) < 0.9 * output_error(weight, nearest, hessian)
+
+
+@pytest.mark.parametrize("order_matters", [False, True])
+def test_gptq_equals_the_column_by_column_definition(order_matters):
+    # Optimal brain quantization, written out: after each input, the best update of those left.
+    weight, x = random(4, 12, seed=3).double(), activations(60, 12).double()
+    if order_matters:
+        x = x * torch.linspace(1, 3, 12).double()
+    hessian = x.T @ x / len(x)
+    scale, zero_point = quant.choose_qparams(weight.float().unsqueeze(1), 4, dim=-1)
+    got = quant.gptq(weight.float(), hessian.float(), scale, zero_point, 12)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(12)
+    left, current = hessian.diagonal().argsort(descending=True).tolist(), weight.clone()
+    s, z = scale[:, 0, 0].double(), zero_point[:, 0, 0].double()
+    while left:
+        inverse = torch.linalg.inv(damped[left][:, left])
+        code = ((current[:, left[0]] / s).round() + z).clamp(0, 15)
+        assert torch.equal(code.to(torch.uint8), got[:, left[0]])
+        error = (current[:, left[0]] - (code - z) * s) / inverse[0, 0]
+        current[:, left] -= torch.outer(error, inverse[0])
+        left = left[1:]
+
+
+def test_gptq_rounds_dead_inputs_to_nearest():
+    x = activations()
+    x[:, [3, 30]] = 0
+    nearest, got = both_ways(random(8, 48), x.T @ x, 16, False)
+    assert torch.equal(got[:, [3, 30]], nearest[:, [3, 30]])
+    assert torch.isfinite(got).all()
+    nearest, got = both_ways(random(8, 48), torch.zeros(48, 48), 16, False)
+    assert torch.equal(got, nearest)
+
+
+def test_gptq_refuses_what_it_cannot_use():
+    weight = random(8, 48)
+    bad = torch.eye(48)
+    bad[0, 1] = math.nan
+    for hessian in (bad, torch.eye(47)):
+        with pytest.raises(ValueError, match=r"hessian must be \(48, 48\) and finite"):
+            both_ways(weight, hessian, 16, False)
+    with pytest.raises(ValueError, match=r"damping must be above 0, for example 0\.01, not 0"):
+        both_ways(weight, torch.eye(48), 16, False, damping=0)
+    weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match="x holds 1 NaN or infinite value"):
+        quant.gptq(weight, torch.eye(48), torch.ones(8, 1, 1), torch.zeros(8, 1, 1), 48)
