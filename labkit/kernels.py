@@ -17,44 +17,49 @@ class PackedLinear(nn.Module):
         bits, group_size, symmetric: how the weight was quantized.
     """
 
-    def __init__(self, linear: nn.Linear, bits: int, group_size: int, symmetric: bool = False):
+    def __init__(
+        self,
+        linear: nn.Linear,
+        bits: int,
+        group_size: int,
+        symmetric: bool = False,
+        grid: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):
         """Quantize a float layer by rounding to nearest.
 
         Args:
             linear: the layer; its weight is `(out, in)`.
             bits: 4 or 8.
-            group_size: inputs that share a scale; must divide `in`. `in` itself: per channel.
+            group_size: inputs that share a scale, 1 to `in`; `in` itself: per channel. If it does
+                not divide `in`, the last group is shorter.
             symmetric: signed grid around 0 (no zero points stored).
+            grid: scale and zero point, `(out, n_groups, 1)`. None: min-max, see `group_qparams`. A
+                weight that lies on this grid already keeps its values.
 
         Raises:
-            ValueError: if `bits` is neither 4 nor 8, or `group_size` does not divide `in`.
+            ValueError: if `bits` is neither 4 nor 8, `group_size` is out of range, or 4-bit codes
+                of an odd number of inputs cannot fill whole bytes.
         """
         super().__init__()
         if bits not in (4, 8):
             raise ValueError(f"bits must be 4 or 8 to fill whole bytes, not {bits}")
-        if group_size < 1 or linear.in_features % group_size:
-            raise ValueError(
-                f"group_size must divide the {linear.in_features} inputs, not {group_size}"
-            )
+        weight = linear.weight.detach().float()
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
-        groups = linear.weight.detach().float().unflatten(1, (-1, group_size))
-        scale, zero_point = quant.choose_qparams(groups, bits, symmetric, dim=-1)
-        scale = scale.half().float().clamp(min=torch.finfo(torch.float16).tiny)  # as stored
-        codes = quant.quantize(groups, scale, zero_point, bits, symmetric).flatten(1)
+        grid = grid or quant.group_qparams(weight, group_size, bits, symmetric)
+        codes = quant.quantize_groups(weight, *grid, group_size, bits, symmetric)
         if symmetric:
             codes = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
         self.register_buffer("codes", quant.pack_int4(codes) if bits == 4 else codes)
-        self.register_buffer("scale", scale.half())
+        self.register_buffer("scale", grid[0].half())
         if not symmetric:
-            self.register_buffer("zero_point", zero_point.to(torch.uint8))
+            self.register_buffer("zero_point", grid[1].to(torch.uint8))
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
 
     def dequantized(self) -> torch.Tensor:
         """Return the weight `(out, in)` in float32."""
         codes = quant.unpack_int4(self.codes) if self.bits == 4 else self.codes
         zero_point = 2 ** (self.bits - 1) if self.symmetric else self.zero_point.float()
-        groups = codes.unflatten(1, (-1, self.group_size))
-        return quant.dequantize(groups, self.scale.float(), zero_point).flatten(1)
+        return quant.dequantize_groups(codes, self.scale.float(), zero_point, self.group_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.dequantized().to(x.dtype), self.bias)

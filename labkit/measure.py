@@ -70,7 +70,7 @@ def perplexity(model: nn.Module, ids: torch.Tensor, batch_size: int = 1) -> Perp
         TypeError: if `ids` is not an int64 tensor.
         ValueError: if its shape, a token id or `batch_size` is out of range.
     """
-    _check_ids(model, ids, batch_size)
+    check_ids(model, ids, batch_size)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     in_training = [module for module in model.modules() if module.training]
     model.eval()
@@ -86,7 +86,8 @@ def perplexity(model: nn.Module, ids: torch.Tensor, batch_size: int = 1) -> Perp
     return Perplexity(_exp(nats), nats, error, window_nats, token_nats)
 
 
-def _check_ids(model: nn.Module, ids: torch.Tensor, batch_size: int) -> None:
+def check_ids(model: nn.Module, ids: torch.Tensor, batch_size: int) -> None:
+    """Refuse token ids that a model cannot take; see `perplexity`."""
     if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64:
         kind = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise TypeError(f"ids must be an int64 tensor of token ids, not {kind}")

@@ -159,6 +159,112 @@ def to_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     return padded.unflatten(1, (-1, group_size))
 
 
+def quantize_groups(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    group_size: int,
+    bits: int = 4,
+    symmetric: bool = False,
+) -> torch.Tensor:
+    """Round a weight `(out, in)` to nearest in groups; codes have its shape.
+
+    Args:
+        scale, zero_point: `(out, n_groups, 1)`, see `group_qparams`.
+        weight, group_size, bits, symmetric: see `to_groups` and `quantize`, also for errors.
+    """
+    groups = to_groups(weight, group_size)
+    codes = quantize(groups, scale, zero_point, bits, symmetric)
+    return codes.flatten(1)[:, : weight.shape[1]]
+
+
+def dequantize_groups(
+    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, group_size: int
+) -> torch.Tensor:
+    """Return the weight `(out, in)`, float32, that codes in groups stand for."""
+    groups = dequantize(to_groups(codes, group_size), scale, zero_point)
+    return groups.flatten(1)[:, : codes.shape[1]]
+
+
+def group_qparams(
+    weight: torch.Tensor,
+    group_size: int,
+    bits: int = 4,
+    symmetric: bool = False,
+    importance: torch.Tensor | None = None,
+    steps: int = 10,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose scale and zero point of each group, by min-max or by a search for the best clipping.
+
+    Args:
+        weight: `(out, in)`, finite.
+        group_size: inputs a group; the last may be shorter, see `to_groups`.
+        bits, symmetric: the grid, see `choose_qparams`.
+        importance: `(in,)`, the weight of each input's squared error. None: min-max, no search.
+        steps: how many ranges are tried, from the full one down to half of it.
+
+    Returns:
+        `scale` (its values fit FP16, as they are stored) and `zero_point`, `(out, n_groups, 1)`.
+
+    Raises:
+        TypeError, ValueError: see `check_input` and `to_groups`; ValueError too if a range is too
+            large for an FP16 scale.
+    """
+    check_input(weight, bits)
+    groups = to_groups(weight, group_size)
+    ends = torch.cat([groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)], dim=-1)
+    shrinks = [1.0] if importance is None else torch.linspace(1, 0.5, steps).tolist()
+    best = None
+    for shrink in shrinks:
+        scale, zero_point = choose_qparams(ends * shrink, bits, symmetric, dim=-1)
+        scale = to_fp16(scale)
+        if importance is None:
+            return scale, zero_point
+        codes = quantize(groups, scale, zero_point, bits, symmetric)
+        errors = (dequantize(codes, scale, zero_point) - groups).square()
+        new = (errors * to_groups(importance[None], group_size)).sum(-1, keepdim=True)
+        best = best or (new, scale, zero_point)
+        better = new < best[0]
+        pairs = zip((new, scale, zero_point), best, strict=True)
+        best = tuple(torch.where(better, candidate, kept) for candidate, kept in pairs)
+    return best[1], best[2]
+
+
+def to_fp16(scale: torch.Tensor) -> torch.Tensor:
+    """Round scales to values that FP16 holds, none of them 0; float32."""
+    stored = scale.half().float().clamp(min=torch.finfo(torch.float16).tiny)
+    if not torch.isfinite(stored).all():
+        raise ValueError(f"scale: {float(scale.max()):.3g} is too large for FP16 (65504)")
+    return stored
+
+
+def inverse_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return GPTQ's order of the inputs, and the factor that spreads each rounding error.
+
+    Args:
+        hessian: `(in, in)`, the mean of x xᵀ.
+        damping: share of the mean diagonal added to the diagonal.
+
+    Returns:
+        `order`, `(in,)`: inputs by falling activation power. `factor`, `(in, in)`: the upper
+        Cholesky factor of the inverse Hessian in that order. An input that never fires (its row is
+        zero) gets a 1 on the diagonal, and so neither gives nor takes.
+    """
+    power = hessian.diagonal()
+    order = power.argsort(descending=True, stable=True)
+    damped = hessian.float() + torch.diag((power == 0) + damping * power.mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
+    return order, torch.linalg.cholesky(inverse, upper=True)
+
+
+def check_hessian(hessian: torch.Tensor, inputs: int, damping: float) -> None:
+    """Refuse a Hessian not `(inputs, inputs)` and finite, and a damping not above 0: ValueError."""
+    if hessian.shape != (inputs, inputs) or not torch.isfinite(hessian).all():
+        raise ValueError(f"hessian must be ({inputs}, {inputs}) and finite: check the activations")
+    if damping <= 0:
+        raise ValueError(f"damping must be above 0, for example 0.01, not {damping}")
+
+
 def gptq(
     weight: torch.Tensor,
     hessian: torch.Tensor,
@@ -171,13 +277,12 @@ def gptq(
 ) -> torch.Tensor:
     """Round a weight input by input; each rounding error is made good by the inputs still to come.
 
-    Inputs go in the order of falling activation power. One that never fires (its Hessian row is
-    zero) is rounded to nearest.
+    Inputs go in the order of falling activation power. One that never fires is rounded to nearest.
 
     Args:
         weight: `(out, in)`, finite.
         hessian: `(in, in)`, the mean of x xᵀ over calibration tokens.
-        scale, zero_point: `(out, n_groups, 1)`, from `choose_qparams(to_groups(...), dim=-1)`.
+        scale, zero_point: `(out, n_groups, 1)`, from `group_qparams`.
         group_size, bits, symmetric: what they were chosen with.
         damping: share of the mean diagonal added to the diagonal, so that a singular Hessian has
             an inverse; more than 0.
@@ -186,37 +291,25 @@ def gptq(
         Codes `(out, in)`, uint8, or int8 when symmetric.
 
     Raises:
-        TypeError, ValueError: see `check_input`; ValueError too for a Hessian of another shape or
-            with NaN or infinity (were the activations finite?), or a `damping` not above 0.
+        TypeError, ValueError: see `check_input` and `check_hessian`.
 
     Source: Frantar et al., "GPTQ", arXiv 2210.17323; static groups and order as in its code.
     """
     check_input(weight, bits)
-    inputs = weight.shape[1]
-    if hessian.shape != (inputs, inputs) or not torch.isfinite(hessian).all():
-        raise ValueError(f"hessian must be ({inputs}, {inputs}) and finite: check the activations")
-    if damping <= 0:
-        raise ValueError(f"damping must be above 0, for example 0.01, not {damping}")
-    power = hessian.diagonal()
-    order = power.argsort(descending=True, stable=True)
-    hessian = hessian.float() + torch.diag((power == 0) + damping * power.mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
-    factor = torch.linalg.cholesky(inverse, upper=True)
-    rows = weight.float().T[order]  # one row an input, in memory order
+    check_hessian(hessian, weight.shape[1], damping)
+    order, factor = inverse_factor(hessian, damping)
+    rows = weight.float().T[order]  # one row an input
+    scales, zeros = (x[..., 0].T[order // group_size] for x in (scale, zero_point))
     codes = torch.empty_like(rows)
     qmin, qmax = integer_range(bits, symmetric)
-    for start in range(0, inputs, 64):
-        block = slice(start, min(start + 64, inputs))
-        errors = torch.zeros_like(rows[block])
-        for j in range(block.start, block.stop):
-            group = order[j] // group_size
-            s, z = scale[:, group, 0], zero_point[:, group, 0]
-            codes[j] = ((rows[j] / s).round() + z).clamp(qmin, qmax)
-            errors[j - start] = (rows[j] - (codes[j] - z) * s) / factor[j, j]
-            rows[j + 1 : block.stop] -= torch.outer(
-                factor[j, j + 1 : block.stop], errors[j - start]
-            )
-        rows[block.stop :] -= factor[block, block.stop :].T @ errors
+    for chunk in torch.arange(len(rows)).split(64):
+        last = int(chunk[-1]) + 1
+        errors = torch.zeros_like(rows[chunk])
+        for i, j in enumerate(chunk.tolist()):
+            codes[j] = ((rows[j] / scales[j]).round() + zeros[j]).clamp(qmin, qmax)
+            errors[i] = (rows[j] - (codes[j] - zeros[j]) * scales[j]) / factor[j, j]
+            rows[j + 1 : last] -= torch.outer(factor[j, j + 1 : last], errors[i])
+        rows[last:] -= factor[chunk, last:].T @ errors
     return codes[order.argsort()].T.contiguous().to(torch.int8 if symmetric else torch.uint8)
 
 

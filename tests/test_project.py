@@ -29,6 +29,7 @@ LEVELS = (
     {"models", "data", "claims"},
     {"quant", "kernels"},
     {"plotting", "measure", "ledger", "machine"},
+    {"ptq"},
     {"classroom", "pretrain", "widgets", "formats", "checks", "notebooks", "doctor"},
     {"__main__"},
 )

@@ -441,10 +441,34 @@ def test_packed_layer_refuses_other_bits(bits):
         kernels.PackedLinear(layer(), bits, 16)
 
 
-@pytest.mark.parametrize("group_size", [0, -16, 7, 128])
+@pytest.mark.parametrize("group_size", [0, -16, 128])
 def test_packed_layer_refuses_other_group_sizes(group_size):
-    with pytest.raises(ValueError, match=f"group_size must divide the 64 inputs, not {group_size}"):
+    message = f"group_size must be from 1 to the 64 inputs, not {group_size}"
+    with pytest.raises(ValueError, match=message):
         kernels.PackedLinear(layer(), 4, group_size)
+
+
+def test_packed_layer_takes_a_shorter_last_group():
+    linear, x = layer(bias=False), random(3, 64)
+    packed = kernels.PackedLinear(linear, 4, 24)
+    assert packed.scale.shape == (24, 3, 1)
+    tail = kernels.PackedLinear(nn.Linear(16, 24, bias=False), 4, 16)
+    assert packed.codes.shape == (24, 32)
+    assert tail.codes.shape == (24, 8)
+    grid = quant.group_qparams(linear.weight.detach()[:, 48:], 16)
+    assert torch.equal(packed.scale[:, 2:].float(), grid[0])
+    torch.testing.assert_close(packed(x), x @ packed.dequantized().T)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_packed_layer_keeps_a_weight_that_lies_on_the_grid_it_is_given(symmetric):
+    linear = layer(bias=False)
+    grid = quant.group_qparams(linear.weight.detach(), 24, 4, symmetric, torch.ones(64))
+    codes = quant.quantize_groups(linear.weight.detach(), *grid, 24, 4, symmetric)
+    codes[:, ::5] = 3  # not the nearest: what GPTQ may choose
+    linear.weight = nn.Parameter(quant.dequantize_groups(codes, *grid, 24))
+    packed = kernels.PackedLinear(linear, 4, 24, symmetric, grid)
+    assert torch.equal(packed.dequantized(), linear.weight.detach())
 
 
 # Groups and GPTQ
@@ -464,19 +488,11 @@ def output_error(weight, approximation, hessian) -> float:
 
 def both_ways(weight, hessian, group_size, symmetric, **options):
     """Return the weight rounded to nearest and by GPTQ, on the same grid."""
-    scale, zero_point = quant.choose_qparams(
-        quant.to_groups(weight, group_size), 4, symmetric, dim=-1
-    )
-    codes = quant.gptq(
-        weight, hessian, scale, zero_point, group_size, symmetric=symmetric, **options
-    )
-    width = weight.shape[1]
-    scale, zero_point = (
-        t.expand(-1, -1, group_size).flatten(1)[:, :width] for t in (scale, zero_point)
-    )
-    nearest = quant.quantize(weight, scale, zero_point, 4, symmetric)
+    grid = quant.group_qparams(weight, group_size, 4, symmetric)
+    codes = quant.gptq(weight, hessian, *grid, group_size, symmetric=symmetric, **options)
+    nearest = quant.quantize_groups(weight, *grid, group_size, 4, symmetric)
     assert codes.dtype == nearest.dtype
-    return [quant.dequantize(c, scale, zero_point) for c in (nearest, codes)]
+    return [quant.dequantize_groups(c, *grid, group_size) for c in (nearest, codes)]
 
 
 def test_groups_cut_rows_and_the_last_one_is_filled_with_zeros():
@@ -496,6 +512,46 @@ def test_groups_refuse_other_sizes(group_size):
         quant.to_groups(random(3, 10), group_size)
     with pytest.raises(ValueError, match=r"weight must be \(out, in\), not of shape \(10,\)"):
         quant.to_groups(random(10), 2)
+
+
+def test_a_weight_in_groups_is_rounded_group_by_group():
+    weight = random(6, 20)
+    grid = quant.group_qparams(weight, 8)
+    codes = quant.quantize_groups(weight, *grid, 8)
+    restored = quant.dequantize_groups(codes, *grid, 8)
+    assert codes.shape == restored.shape == (6, 20)
+    for part, group in ((slice(0, 8), 0), (slice(8, 16), 1), (slice(16, 20), 2)):
+        scale, zero_point = (x[:, group] for x in grid)
+        expected = quant.quantize(weight[:, part], scale, zero_point, 4)
+        assert torch.equal(codes[:, part], expected)
+        assert torch.equal(restored[:, part], quant.dequantize(expected, scale, zero_point))
+
+
+def test_scales_of_groups_are_what_fp16_stores():
+    scale, zero_point = quant.group_qparams(random(6, 20), 8)
+    exact, expected = quant.choose_qparams(quant.to_groups(random(6, 20), 8), 4, dim=-1)
+    assert torch.equal(scale.half().float(), scale)
+    torch.testing.assert_close(scale, exact, rtol=5e-4, atol=0)
+    assert torch.equal(zero_point, expected)
+    assert (quant.group_qparams(torch.zeros(2, 8), 4)[0] > 0).all()
+    with pytest.raises(ValueError, match=r"scale: 1\.\d+e\+06 is too large for FP16"):
+        quant.group_qparams(torch.tensor([[0.0, 2e7]]), 2)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_clipping_search_finds_what_brute_force_finds(symmetric):
+    weight, importance = random(5, 256), torch.rand(256) + 0.1
+
+    def errors(grid):
+        codes = quant.quantize_groups(weight, *grid, 128, 4, symmetric)
+        error = quant.dequantize_groups(codes, *grid, 128) - weight
+        return (error**2 * importance).unflatten(1, (2, 128)).sum(-1)
+
+    found = errors(quant.group_qparams(weight, 128, 4, symmetric, importance, steps=6))
+    shrinks = (1, 0.9, 0.8, 0.7, 0.6, 0.5)
+    tried = [errors(quant.group_qparams(weight * r, 128, 4, symmetric)) for r in shrinks]
+    torch.testing.assert_close(found, torch.stack(tried).amin(0), rtol=1e-3, atol=0)
+    assert (found < tried[0]).any()
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -1,0 +1,242 @@
+"""Post-training quantization of a Llama-type model, one block at a time."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from labkit.measure import check_ids
+from labkit.quant import dequantize_groups, gptq, group_qparams, quantize_groups
+
+# The linear layers of a block by what enters them, and the layer whose output that is. The input of
+# o_proj has no entry there: with shared value heads, no factor for each channel goes back into one.
+LINEARS = {
+    "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "output": ("self_attn.o_proj",),
+    "mlp": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+PRODUCERS = {
+    "attention": "input_layernorm",
+    "mlp": "post_attention_layernorm",
+    "down": "mlp.up_proj",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What entered a linear layer, over all calibration tokens.
+
+    Attributes:
+        mean: `(in,)`, mean magnitude of each channel.
+        peak: `(in,)`, largest magnitude of each channel.
+        hessian: `(in, in)`, mean of x xᵀ.
+    """
+
+    mean: torch.Tensor
+    peak: torch.Tensor
+    hessian: torch.Tensor
+
+    def divided(self, factor: torch.Tensor) -> "Inputs":
+        """Return the statistics of the same inputs, each channel divided by its factor."""
+        hessian = self.hessian / factor / factor[:, None]
+        return Inputs(self.mean / factor, self.peak / factor, hessian)
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, ids: torch.Tensor, batch_size: int = 4, propagate: bool = True
+) -> Iterator[tuple[nn.Module, dict[str, Inputs]]]:
+    """Run a model block by block, and say what enters the linear layers of each.
+
+    Needs the memory of the model, of the hidden states and of one block's statistics.
+
+    Args:
+        model: a Llama-type causal LM of transformers, on the CPU.
+        ids: int64 `(n_windows, length)`, calibration windows.
+        batch_size: windows at a time.
+        propagate: True: a block that you change before you ask for the next one passes on its new
+            outputs. False: it passes on those that it had, which saves a second run.
+
+    Yields:
+        A decoder block, and its `Inputs` by name (a key of `LINEARS`).
+
+    Raises:
+        TypeError, ValueError: if `ids` is not as above, or an activation is NaN or infinite.
+    """
+    check_ids(model, ids, batch_size)
+    hidden = model.model.embed_tokens(ids)
+    positions = model.model.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
+
+    def run(block: nn.Module) -> torch.Tensor:
+        parts = [block(part, position_embeddings=positions) for part in hidden.split(batch_size)]
+        return torch.cat(parts)
+
+    for number, block in enumerate(model.model.layers):
+        sums: dict[str, list] = {}
+        hooks = [
+            block.get_submodule(layers[0]).register_forward_pre_hook(_recorder(sums, name))
+            for name, layers in LINEARS.items()
+        ]
+        try:
+            output = run(block)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, (_, peak, _) in sums.items():
+            if not torch.isfinite(peak).all():
+                layers = ", ".join(LINEARS[name])
+                raise ValueError(f"model: NaN or infinity enters {layers} of block {number}")
+        n = ids.numel()
+        yield block, {name: Inputs(s[0] / n, s[1], s[2] / n) for name, s in sums.items()}
+        hidden = run(block) if propagate else output
+
+
+def _recorder(sums: dict[str, list], name: str):
+    def record(layer: nn.Module, arguments: tuple) -> None:
+        x = arguments[0].flatten(0, -2).float()
+        new = [x.abs().sum(0), x.abs().amax(0), x.T @ x]
+        old = sums.get(name, [torch.zeros_like(part) for part in new])
+        sums[name] = [old[0] + new[0], torch.maximum(old[1], new[1]), old[2] + new[2]]
+
+    return record
+
+
+@torch.no_grad()
+def rescale_input(block: nn.Module, name: str, factor: torch.Tensor) -> None:
+    """Divide the input channels of linear layers by a factor, without changing what they compute.
+
+    The layer that produces the input is divided, the weights that read it are multiplied.
+
+    Args:
+        block: a decoder block, changed in place.
+        name: a key of `PRODUCERS`.
+        factor: `(in,)`, positive and finite.
+
+    Raises:
+        ValueError: if `name` is unknown, or `factor` of another shape or not positive and finite.
+    """
+    if name not in PRODUCERS:
+        raise ValueError(f"name must be one of {list(PRODUCERS)}, not {name!r}")
+    layers = [block.get_submodule(layer) for layer in LINEARS[name]]
+    if factor.shape != (layers[0].in_features,) or not ((factor > 0) & factor.isfinite()).all():
+        raise ValueError(f"factor must be ({layers[0].in_features},), positive and finite")
+    producer = block.get_submodule(PRODUCERS[name])
+    producer.weight /= factor if producer.weight.ndim == 1 else factor[:, None]
+    if getattr(producer, "bias", None) is not None:
+        producer.bias /= factor
+    for layer in layers:
+        layer.weight *= factor
+
+
+@torch.no_grad()
+def smooth_factor(peak: torch.Tensor, weights: list[torch.Tensor], alpha: float) -> torch.Tensor:
+    """Return SmoothQuant's factor: it moves the difficulty of activations into the weights.
+
+    Args:
+        peak: `(in,)`, largest magnitude of each input channel in calibration.
+        weights: the matrices `(out, in)` that read this input.
+        alpha: how much moves, from 0 (weights get flat) to 1 (activations get flat).
+
+    Returns:
+        `(in,)`: peakᵅ / max |w|¹⁻ᵅ.
+
+    Source: Xiao et al., "SmoothQuant", arXiv 2211.10438.
+    """
+    reach = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+    return peak.clamp(min=1e-5) ** alpha / reach.clamp(min=1e-5) ** (1 - alpha)
+
+
+@torch.no_grad()
+def output_error(error: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Return the mean squared error a token that a weight error `(out, in)` makes in the output."""
+    return float(((error @ hessian) * error).sum())
+
+
+@torch.no_grad()
+def awq_factor(
+    weights: list[torch.Tensor],
+    inputs: Inputs,
+    group_size: int,
+    bits: int = 4,
+    symmetric: bool = False,
+    steps: int = 11,
+) -> torch.Tensor:
+    """Search AWQ's factor: channels with large activations get a finer grid.
+
+    Args:
+        weights: the matrices `(out, in)` that read this input.
+        inputs: its statistics.
+        group_size, bits, symmetric: how the weights will be rounded.
+        steps: how many exponents between 0 and 1 are tried.
+
+    Returns:
+        `(in,)`: mean magnitude to the exponent with the least output error, centered on 1.
+
+    Source: Lin et al., "AWQ", arXiv 2306.00978.
+    """
+    best_error, best = math.inf, None
+    for alpha in torch.linspace(0, 1, steps):
+        factor = inputs.mean.clamp(min=1e-5) ** alpha
+        factor = factor / (factor.max() * factor.min()).sqrt()
+        total = 0.0
+        for weight in weights:
+            grid = group_qparams(weight * factor, group_size, bits, symmetric)
+            codes = quantize_groups(weight * factor, *grid, group_size, bits, symmetric)
+            rounded = dequantize_groups(codes, *grid, group_size)
+            total += output_error(rounded / factor - weight, inputs.hessian)
+        if total < best_error:
+            best_error, best = total, factor
+    return best
+
+
+@torch.no_grad()
+def quantize_block(
+    block: nn.Module,
+    inputs: dict[str, Inputs],
+    group_size: int,
+    bits: int = 4,
+    symmetric: bool = False,
+    *,
+    scaling: bool = False,
+    clipping: bool = False,
+    compensation: bool = False,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Quantize the linear layers of a block. With no method switched on: round to nearest.
+
+    Args:
+        block: changed in place: its weights become values of the grid, in float32.
+        inputs: from `calibrate`.
+        group_size: inputs a group; 0 for one group a row (per channel).
+        bits, symmetric: the grid.
+        scaling: AWQ's factors first, where a producer can take them.
+        clipping: search the range of each group, weighted by activation power.
+        compensation: GPTQ instead of rounding.
+
+    Returns:
+        Scale and zero point by the layer's name in the block, for `PackedLinear`.
+    """
+    inputs = dict(inputs)
+    for name in PRODUCERS if scaling else ():
+        weights = [block.get_submodule(layer).weight for layer in LINEARS[name]]
+        size = group_size or weights[0].shape[1]
+        factor = awq_factor(weights, inputs[name], size, bits, symmetric)
+        rescale_input(block, name, factor)
+        inputs[name] = inputs[name].divided(factor)
+    grids = {}
+    for name, layers in LINEARS.items():
+        hessian = inputs[name].hessian
+        for layer in layers:
+            weight = block.get_submodule(layer).weight
+            size = group_size or weight.shape[1]
+            power = hessian.diagonal() if clipping else None
+            grid = group_qparams(weight, size, bits, symmetric, power)
+            if compensation:
+                codes = gptq(weight, hessian, *grid, size, bits, symmetric)
+            else:
+                codes = quantize_groups(weight, *grid, size, bits, symmetric)
+            weight.copy_(dequantize_groups(codes, *grid, size))
+            grids[layer] = grid
+    return grids
