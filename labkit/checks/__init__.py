@@ -273,9 +273,16 @@ def _untouched(answer: Callable, broken: Callable | None) -> bool:
     answer = inspect.unwrap(answer)
     if not isinstance(answer, types.FunctionType):
         return False
-    if broken is not None and _instructions(answer) == _instructions(broken):
+    if broken is not None and _instructions(answer) in map(_instructions, _both_forms(broken)):
         return True
     return _returns_only_none(answer) and _is_blank(answer)
+
+
+def _both_forms(function: types.FunctionType) -> tuple[Callable, Callable]:
+    # Python compiles `torch.zeros()` differently where it does not see the import, as in a cell.
+    namespace = {}
+    exec(inspect.getsource(function), namespace)
+    return function, namespace[function.__name__]
 
 
 def _instructions(function: types.FunctionType) -> list[tuple[str, str]]:
