@@ -162,7 +162,7 @@ def awq_factor(
     group_size: int,
     bits: int = 4,
     symmetric: bool = False,
-    steps: int = 11,
+    steps: int = 6,
 ) -> torch.Tensor:
     """Search AWQ's factor: channels with large activations get a finer grid.
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-# The pure half of the first explorer; an alias marks what is here for callers only.
+# The pure halves of explorers; an alias marks what is here for callers only.
+from labkit.clipping import REACHES, clip_figure, clip_sentence, clip_state, clip_title
 from labkit.formats import (
     FIELD_COLORS,
     FORMATS,
@@ -253,6 +254,41 @@ def grid_explorer(
     update()
     row = widgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
     return widgets.VBox([row, picture, sentence])
+
+
+def clip_explorer(x: torch.Tensor, bits: int = 8, reach: float = 100.0):
+    """Show what a range costs on an activation: choose the bits, and how far the range reaches.
+
+    Args:
+        x, bits, reach: as in `clip_state`, to begin with.
+
+    Returns:
+        An `ipywidgets.VBox`.
+
+    Raises:
+        TypeError, ValueError: see `clip_state`.
+    """
+    import ipywidgets as widgets
+
+    clip_state(x, bits, reach)
+    cuts = [(f"{percent:g} %", percent) for percent in REACHES]
+    controls = {
+        "bits": widgets.Dropdown(options=range(2, 9), value=bits, description="Bits"),
+        "reach": widgets.Dropdown(options=cuts, value=reach, description="Range kept"),
+    }
+    picture, sentence = widgets.HTML(), widgets.HTML()
+
+    def update(change=None) -> None:
+        with _ONE_AT_A_TIME:
+            state = clip_state(x, **{name: box.value for name, box in controls.items()})
+            picture.value = _image(clip_figure(state), clip_title(state))
+            sentence.value = _paragraph(clip_sentence(state))
+
+    for control in controls.values():
+        control.style.description_width = "initial"
+        control.observe(update, "value")
+    update()
+    return widgets.VBox([widgets.HBox(list(controls.values())), picture, sentence])
 
 
 def _button_groups(buttons: list, number_format: str) -> list:

@@ -1,0 +1,118 @@
+"""Score what the other libraries wrote, beside the float model and labkit, and write `ptq.json`.
+
+    python tests/peers/compare.py OUT [--windows 16]
+
+Runs in the environment of the workbook. OUT is the folder of `quantize_with.py`.
+"""
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import labkit as lk
+from labkit.ptq import calibrate, quantize_block
+
+LENGTH = 512
+CALIBRATION = 32  # windows, as `export.py` writes for the other libraries
+OURS = {
+    "labkit-rtn": {},
+    "labkit-awq": {"scaling": True, "clipping": True},
+    "labkit-gptq": {"compensation": True},
+    "labkit-all-three": {"scaling": True, "clipping": True, "compensation": True},
+}
+BEST = "labkit-all-three"
+
+
+def put_weights(model, path: Path) -> None:
+    """Load the parameters of every decoder block; the rest of the model is left alone.
+
+    Raises:
+        ValueError: if the file does not hold exactly the matrices and norms of the blocks.
+    """
+    found = load_file(path)
+    own = dict(model.named_parameters())
+    expected = {name for name in own if name.startswith("model.layers.")}
+    if set(found) != expected:
+        some = sorted(set(found) ^ expected)[:3]
+        raise ValueError(f"{path.name} must hold {len(expected)} parameters; differs in {some}")
+    for name, weight in found.items():
+        own[name].data.copy_(weight)
+
+
+def quantize_ours(model, ids, group_size: int, options: dict) -> tuple:
+    """Return a quantized copy of the model, and the record of what was done."""
+    quantized, start = copy.deepcopy(model), time.perf_counter()
+    for block, inputs in calibrate(quantized, ids):
+        quantize_block(block, inputs, group_size, **options)
+    facts = {"library": "labkit", "bits": 4, "group_size": group_size, "symmetric": False}
+    facts |= {"calibration windows": len(ids) if options else 0, "settings": options}
+    facts |= {"bits a weight": 4 + 24 / group_size}
+    return quantized, facts | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def difference(score, reference) -> dict:
+    """Return a paired difference in nats a token."""
+    found = lk.paired_difference(score, reference)
+    return {"nats": round(found.nats, 4), "standard error": round(found.standard_error, 4)}
+
+
+def score_everything(out: Path, n_windows: int, group_size: int) -> tuple:
+    """Score labkit's methods and every result in a folder of that group size."""
+    model, tokenizer = lk.load_model("smollm2", "cpu")
+    ids = lk.windows(tokenizer, "eval", n_windows, LENGTH)
+    scores, facts = {"float32": lk.perplexity(model, ids)}, {}
+    calibration = lk.windows(tokenizer, "calibration", CALIBRATION, LENGTH)
+    for name, options in OURS.items():
+        quantized, facts[name] = quantize_ours(model, calibration, group_size, options)
+        scores[name] = lk.perplexity(quantized, ids)
+        print(name, scores[name], flush=True)
+    for path in sorted(out.glob("*.safetensors")):
+        found = json.loads(path.with_suffix(".json").read_text(encoding="utf8"))
+        if found["group_size"] == group_size and not found["symmetric"]:
+            put_weights(model, path)
+            scores[path.stem], facts[path.stem] = lk.perplexity(model, ids), found
+            print(path.stem, scores[path.stem], flush=True)
+    return scores, facts
+
+
+def compare(out: Path, n_windows: int, group_size: int) -> dict:
+    """Return the whole record."""
+    scores, facts = score_everything(out, n_windows, group_size)
+    reference, best = scores["float32"], scores[BEST]
+    rows = [
+        {
+            "name": name,
+            "perplexity": round(scores[name].perplexity, 3),
+            "above float32": difference(scores[name], reference),
+            f"{BEST} minus this": difference(best, scores[name]),
+        }
+        | facts[name]
+        for name in sorted(facts, key=lambda name: scores[name].perplexity)
+    ]
+    return {
+        "label": "measured once on the machine named in each record; not run by the tests",
+        "model": "SmolLM2-135M-Instruct, 210 matrices inside the decoder blocks quantized",
+        "text": f"lk.windows(tokenizer, 'eval', {n_windows}, {LENGTH})",
+        "date": time.strftime("%Y-%m-%d"),
+        "scored with": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "float32": {"perplexity": round(reference.perplexity, 3)},
+        "records": rows,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="what quantize_with.py wrote")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--write", type=Path, default=Path(__file__).with_name("ptq.json"))
+    arguments = parser.parse_args()
+    results = compare(arguments.out, arguments.windows, arguments.group_size)
+    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    arguments.write.write_text(text, encoding="utf8")
