@@ -14,11 +14,7 @@ REACHES = (100.0, 70.0, 50.0, 35.0, 25.0, 18.0, 12.0, 9.0, 6.0, 4.5, 3.0, 2.0, 1
 
 @dataclass(frozen=True, eq=False)
 class ClipState:
-    """One range for one activation, as `clip_state` measures it.
-
-    `low`, `high` and `scale` are of the grid. `curve` holds, for each reach in percent, the mean
-    squared error from rounding inside and from clipping outside; `best_reach` has the least sum.
-    """
+    """One range for one activation: its grid, and (rounding, clipping) error at each reach."""
 
     x: torch.Tensor
     bits: int
@@ -48,11 +44,8 @@ def clip_state(x: torch.Tensor, bits: int = 8, reach: float = 100.0) -> ClipStat
     curve = _curve(x, bits)
     low, high, scale, _ = _range(x, bits, reach)
     clipped = int(((x < low) | (x > high)).sum())
-    return ClipState(x, bits, reach, low, high, scale, clipped, curve, _best(curve))
-
-
-def _best(curve: dict[float, tuple[float, float]]) -> float:
-    return min(curve, key=lambda reach: sum(curve[reach]))
+    best_reach = min(curve, key=lambda percent: sum(curve[percent]))
+    return ClipState(x, bits, reach, low, high, scale, clipped, curve, best_reach)
 
 
 def _range(x: torch.Tensor, bits: int, reach: float) -> tuple[float, float, float, torch.Tensor]:

@@ -69,19 +69,11 @@ def decode(bits: str, number_format: str) -> float:
     Raises:
         ValueError: if the format is unknown, or `bits` is no pattern of its width.
     """
-    sign, exponent, fraction = _split(bits, number_format)
-    _, _, exponent_bits, fraction_bits = FORMATS[number_format]
-    if not exponent_bits:
-        return float(fraction - sign * 2**fraction_bits)
-    bias, top = 2 ** (exponent_bits - 1) - 1, 2**exponent_bits - 1
-    # E4M3 has no infinity: its top exponent holds numbers too, and only all ones is NaN.
-    special = number_format != "FP8 E4M3" or fraction == 2**fraction_bits - 1
-    if exponent == top and special:
-        magnitude = math.nan if fraction else math.inf
-    else:
-        significand = fraction / 2**fraction_bits + (exponent > 0)
-        magnitude = significand * 2.0 ** (max(exponent, 1) - bias)
-    return -magnitude if sign else magnitude
+    sign, *_ = _split(bits, number_format)
+    pattern = int(bits.replace(" ", ""), 2)
+    value = pattern - sign * 2 ** sum(fields(number_format).values())  # two's complement
+    dtype, carrier, *_ = FORMATS[number_format]
+    return float(value if dtype is None else torch.tensor(value, dtype=carrier).view(dtype))
 
 
 def resolve(value: float | str, number_format: str) -> tuple[float, str, float]:

@@ -6,13 +6,9 @@ import torch
 def check_input(x: torch.Tensor, bits: int) -> None:
     """Refuse what no quantizer can handle.
 
-    Args:
-        x: any shape; must be a floating-point tensor, not empty, all finite.
-        bits: must be an integer from 2 to 8.
-
     Raises:
         TypeError: if `x` is no floating-point tensor or `bits` no integer.
-        ValueError: if `x` is empty or holds NaN or infinity, or `bits` is out of range.
+        ValueError: if `x` is empty or holds NaN or infinity, or `bits` is not from 2 to 8.
     """
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
@@ -317,14 +313,10 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     """Put two 4-bit codes into each byte, the first of a pair in the low half.
 
     Args:
-        codes: uint8 tensor `(..., n)`, n even, values 0 to 15. Add 8 to signed codes first.
+        codes: uint8 tensor `(..., n)`, n even, values 0 to 15, else TypeError or ValueError.
 
     Returns:
         uint8 tensor `(..., n / 2)`.
-
-    Raises:
-        TypeError: if `codes` is not uint8.
-        ValueError: if n is odd or a code is above 15.
     """
     if codes.dtype != torch.uint8:
         raise TypeError(f"codes must be uint8, not {codes.dtype}; add 8 to signed codes first")
@@ -336,17 +328,7 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
-    """Undo `pack_int4`.
-
-    Args:
-        packed: uint8 tensor `(..., n)`.
-
-    Returns:
-        uint8 tensor `(..., 2 n)`, values 0 to 15.
-
-    Raises:
-        TypeError: if `packed` is not uint8.
-    """
+    """Undo `pack_int4`: uint8 `(..., n)`, else TypeError, to uint8 `(..., 2 n)`, 0 to 15."""
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed must be uint8, not {packed.dtype}")
     return torch.stack([packed & 0x0F, packed >> 4], dim=-1).flatten(-2)

@@ -5,13 +5,12 @@ The picture is an `HTML` widget with an `<img>`, since `ipywidgets.Image` carrie
 
 import base64
 import html
-import math
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 
-# The pure halves of explorers; an alias marks what is here for callers only.
+# The pure halves of the explorers; `as` marks what is here for callers only.
 from labkit.clipping import REACHES, clip_figure, clip_sentence, clip_state, clip_title
 from labkit.formats import (
     FIELD_COLORS,
@@ -20,17 +19,22 @@ from labkit.formats import (
     bits_sentence,
     bits_title,
     fields,
-    minus,
     number_text,
     parse_number,
     resolve,
 )
 from labkit.formats import decode as decode
 from labkit.formats import format_bits as format_bits
-from labkit.plotting import COLORS, png, subplots
-from labkit.quant import check_input, choose_qparams, dequantize, integer_range, quantize
+from labkit.grids import (
+    GRANULARITIES,
+    grid_figure,
+    grid_sentence,
+    grid_state,
+    grid_title,
+    group_size_of,
+)
+from labkit.plotting import png
 
-GRANULARITIES = ("per tensor", "per channel", "groups of 128", "groups of 64", "groups of 32")
 PERCENTILES = (100.0, 99.9, 99.0)
 
 # JupyterLab sends events to two threads of the kernel, and pyplot's state is global. Re-entrant,
@@ -39,17 +43,9 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 def bits_explorer(value: float = 0.1, number_format: str = "FP16"):
-    """Show the bits of a number: choose a format, type a value, or switch single bits.
+    """Return an explorer of the bits of a number: choose a format, type a value, switch bits.
 
-    Args:
-        value: the number to begin with.
-        number_format: a key of `FORMATS`.
-
-    Returns:
-        An `ipywidgets.VBox`.
-
-    Raises:
-        ValueError: see `format_bits`.
+    Args, errors: as in `format_bits`, to begin with.
     """
     import ipywidgets as widgets
 
@@ -91,144 +87,18 @@ def bits_explorer(value: float = 0.1, number_format: str = "FP16"):
     return widgets.VBox([widgets.HBox([chooser, typed]), row, picture, sentence])
 
 
-@dataclass(frozen=True, eq=False)
-class GridState:
-    """A quantized weight, as `grid_state` measures it.
-
-    `weights` and `restored` (float32, 1-D, one scale) are the part that is drawn, before and after
-    rounding; `grid`, `scale`, `zero_point`, `levels_used` and `clipped` (a count) are its own.
-    `mse`, `snr_db` and `bits_per_weight` are of the whole weight.
-    """
-
-    heading: str
-    part: str
-    grid: torch.Tensor
-    weights: torch.Tensor
-    restored: torch.Tensor
-    scale: float
-    zero_point: int
-    levels_used: int
-    clipped: int
-    mse: float
-    snr_db: float
-    bits_per_weight: float
-
-
-def grid_state(
-    weight: torch.Tensor,
-    bits: int = 4,
-    symmetric: bool = False,
-    granularity: str = "per tensor",
-    clip: float = 100.0,
-    row: int = 0,
-) -> GridState:
-    """Quantize a weight and measure what it cost.
-
-    Args:
-        weight: floating-point tensor `(out, in)`, finite.
-        bits: width of a code, 2 to 8.
-        symmetric: True puts the zero point at 0.
-        granularity: one of `GRANULARITIES`; a group size must divide `in`.
-        clip: percentile of the magnitudes under one scale, 50 to 100; the grid reaches no further.
-        row: the output channel to draw (of groups: the first in it).
-
-    Returns:
-        A `GridState`; its bits count a 16-bit scale and, if asymmetric, an 8-bit zero point.
-
-    Raises:
-        TypeError, ValueError: if an argument is not as above.
-    """
-    check_input(weight, bits)
-    units = _units(weight, granularity)
-    if not 50 <= clip <= 100:
-        raise ValueError(f"clip must be a percentile from 50 to 100, not {clip!r}")
-    if row not in range(len(weight)):
-        raise ValueError(f"row must be from 0 to {len(weight) - 1}, not {row!r}")
-    kept = units
-    if clip < 100:
-        limit = units.abs().kthvalue(math.ceil(units.shape[1] * clip / 100), dim=1, keepdim=True)
-        kept = units.clamp(-limit.values, limit.values)
-    scale, zero_point = choose_qparams(kept, bits, symmetric, dim=1)
-    codes = quantize(units, scale, zero_point, bits, symmetric)
-    restored = dequantize(codes, scale, zero_point)
-    mse = float((restored - units).square().mean())
-    part = row * len(units) // len(weight)
-    qmin, qmax = integer_range(bits, symmetric)
-    place = f"row {row}" + (", first group" if "groups" in granularity else "")
-    return GridState(
-        heading=f"{bits} bits, {'' if symmetric else 'a'}symmetric, {granularity}",
-        part="whole tensor" if granularity == "per tensor" else place,
-        grid=dequantize(torch.arange(qmin, qmax + 1), scale[part], zero_point[part]),
-        weights=units[part],
-        restored=restored[part],
-        scale=float(scale[part]),
-        zero_point=int(zero_point[part]),
-        levels_used=len(codes[part].unique()),
-        clipped=int((units[part] != kept[part]).sum()),
-        mse=mse,
-        snr_db=10 * math.log10(float(units.square().mean()) / mse) if mse else math.inf,
-        bits_per_weight=bits + (16 if symmetric else 24) / units.shape[1],
-    )
-
-
-def grid_sentence(state: GridState) -> str:
-    """Say what the grid is, what error it makes, and what it costs in bits."""
-    return minus(
-        f"{state.heading}. {state.part.capitalize()} ({state.weights.numel():,} weights): scale "
-        f"{state.scale:.4g}, zero point {state.zero_point}, {state.levels_used} of "
-        f"{len(state.grid)} levels used, {state.clipped:,} weights clipped. Whole weight: mean "
-        f"squared error {state.mse:.3g}, signal-to-noise ratio {_decibels(state)}, "
-        f"{state.bits_per_weight:.3f} bits per weight, scales and zero points included."
-    )
-
-
-def grid_title(state: GridState) -> str:
-    """Return the finding in a few words: title of the figure, alt text of the picture."""
-    levels = f"{state.levels_used} of {len(state.grid)} levels used"
-    return minus(f"{state.heading}: {levels}, {_decibels(state)}")
-
-
-def grid_figure(state: GridState):
-    """Draw the weights on their grid and the rounding error beneath, as a matplotlib figure."""
-    figure, (top, bottom) = subplots(2, 1, figsize=(7.2, 4.2), height_ratios=(1.7, 1), sharex=True)
-    top.set_title(grid_title(state))
-    low, high = float(state.weights.min()), float(state.weights.max())
-    if low == high:  # a histogram needs a range
-        low, high = low - 0.5, high + 0.5
-    counts = torch.histc(state.weights, bins=80, min=low, max=high)
-    edges = torch.linspace(low, high, 81)
-    top.stairs(counts, edges, fill=True, color=COLORS["sky"], label=f"weights ({state.part})")
-    line = {"color": COLORS["orange"], "linewidth": 1.4 if len(state.grid) <= 16 else 0.5}
-    for axes, height in ((top, 0.85), (bottom, 1)):  # leaves room for the legend
-        axes.grid(False)
-        lines = axes.vlines(state.grid, 0, height, transform=axes.get_xaxis_transform(), **line)
-        lines.set_alpha(1 if len(state.grid) <= 64 else 0.5)
-    top.plot([], [], "-", label=f"{len(state.grid)} grid points", **line)
-    top.set(yscale="log", ylabel="weights per bin", ylim=(0.7, 40 * float(counts.max())))
-    top.legend(ncols=2, loc="upper right", frameon=False)
-    _draw_error(bottom, state)
-    return figure
-
-
 def grid_explorer(
     weight: torch.Tensor, bits: int = 4, symmetric: bool = False, granularity: str = "per tensor"
 ):
-    """Show the grid of a weight: choose bit-width, symmetry, granularity, clipping and row.
+    """Return an explorer of a weight's grid: bit-width, symmetry, granularity, clipping, row.
 
-    Args:
-        weight, bits, symmetric, granularity: as in `grid_state`, to begin with.
-
-    Returns:
-        An `ipywidgets.VBox`.
-
-    Raises:
-        TypeError, ValueError: see `grid_state`.
+    Args, errors: as in `grid_state`, to begin with.
     """
     import ipywidgets as widgets
 
     grid_state(weight, bits, symmetric, granularity)
     kinds = [("asymmetric", False), ("symmetric", True)]
-    fitting = [g for g in GRANULARITIES if g[0] != "g" or weight.shape[1] % _group_size(g) == 0]
+    fitting = [g for g in GRANULARITIES if g[0] != "g" or weight.shape[1] % group_size_of(g) == 0]
     controls = {
         "bits": widgets.Dropdown(options=range(2, 9), value=bits, description="Bits"),
         "symmetric": widgets.Dropdown(options=kinds, value=symmetric, description="Grid"),
@@ -238,35 +108,19 @@ def grid_explorer(
         "clip": widgets.Dropdown(options=PERCENTILES, description="Clip at percentile"),
         "row": widgets.BoundedIntText(max=len(weight) - 1, description="Row shown"),
     }
-    picture, sentence = widgets.HTML(), widgets.HTML()
 
-    def update(change=None) -> None:
-        with _ONE_AT_A_TIME:
-            state = grid_state(weight, **{name: box.value for name, box in controls.items()})
-            controls["row"].disabled = controls["granularity"].value == "per tensor"
-            picture.value = _image(grid_figure(state), grid_title(state))
-            sentence.value = _paragraph(grid_sentence(state))
+    def draw(**chosen) -> tuple:
+        state = grid_state(weight, **chosen)
+        controls["row"].disabled = chosen["granularity"] == "per tensor"
+        return grid_figure(state), grid_title(state), grid_sentence(state)
 
-    for control in controls.values():
-        control.style.description_width = "initial"
-        control.layout.width = "auto"
-        control.observe(update, "value")
-    update()
-    row = widgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
-    return widgets.VBox([row, picture, sentence])
+    return _explorer(controls, draw)
 
 
 def clip_explorer(x: torch.Tensor, bits: int = 8, reach: float = 100.0):
-    """Show what a range costs on an activation: choose the bits, and how far the range reaches.
+    """Return an explorer of what a range costs on an activation: bits, and how far it reaches.
 
-    Args:
-        x, bits, reach: as in `clip_state`, to begin with.
-
-    Returns:
-        An `ipywidgets.VBox`.
-
-    Raises:
-        TypeError, ValueError: see `clip_state`.
+    Args, errors: as in `clip_state`, to begin with.
     """
     import ipywidgets as widgets
 
@@ -276,19 +130,32 @@ def clip_explorer(x: torch.Tensor, bits: int = 8, reach: float = 100.0):
         "bits": widgets.Dropdown(options=range(2, 9), value=bits, description="Bits"),
         "reach": widgets.Dropdown(options=cuts, value=reach, description="Range kept"),
     }
+
+    def draw(**chosen) -> tuple:
+        state = clip_state(x, **chosen)
+        return clip_figure(state), clip_title(state), clip_sentence(state)
+
+    return _explorer(controls, draw)
+
+
+def _explorer(controls: dict, draw: Callable[..., tuple]):
+    """Put controls above a picture and a sentence; `draw(**values)` returns figure, alt, text."""
+    import ipywidgets as widgets
+
     picture, sentence = widgets.HTML(), widgets.HTML()
 
     def update(change=None) -> None:
         with _ONE_AT_A_TIME:
-            state = clip_state(x, **{name: box.value for name, box in controls.items()})
-            picture.value = _image(clip_figure(state), clip_title(state))
-            sentence.value = _paragraph(clip_sentence(state))
+            figure, alt, text = draw(**{name: box.value for name, box in controls.items()})
+            picture.value, sentence.value = _image(figure, alt), _paragraph(text)
 
     for control in controls.values():
         control.style.description_width = "initial"
+        control.layout.width = "auto"
         control.observe(update, "value")
     update()
-    return widgets.VBox([widgets.HBox(list(controls.values())), picture, sentence])
+    row = widgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
+    return widgets.VBox([row, picture, sentence])
 
 
 def _button_groups(buttons: list, number_format: str) -> list:
@@ -337,48 +204,3 @@ def _paragraph(sentence: str) -> str:
         '<p class="labkit-sentence" role="status" style="line-height: 1.5; max-width: 80ch">'
         f"{html.escape(sentence)}</p>"
     )
-
-
-def _group_size(granularity: str) -> int:
-    return int(granularity.removeprefix("groups of "))
-
-
-def _units(weight: torch.Tensor, granularity: str) -> torch.Tensor:
-    """Reshape a weight to `(scales, weights per scale)`, float32."""
-    if weight.ndim != 2:
-        raise ValueError(f"weight must have shape (out, in), not {tuple(weight.shape)}")
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity must be one of {GRANULARITIES}, not {granularity!r}")
-    weight = weight.detach().float().cpu()
-    if granularity == "per tensor":
-        return weight.reshape(1, -1)
-    if granularity == "per channel":
-        return weight
-    size = _group_size(granularity)
-    if weight.shape[1] % size:
-        raise ValueError(f"granularity: {size} does not divide the {weight.shape[1]} inputs")
-    return weight.reshape(-1, size)
-
-
-def _decibels(state: GridState) -> str:
-    return f"{state.snr_db:.1f} dB" if math.isfinite(state.snr_db) else "infinite (no error)"
-
-
-def _draw_error(axes, state: GridState) -> None:
-    error, edge = state.restored - state.weights, 1.5 * state.scale
-    # A sample is enough for the eye, with the largest weights in it.
-    shown = torch.cat(
-        [
-            torch.arange(0, len(error), max(1, len(error) // 3000)),
-            state.weights.abs().topk(min(300, len(error))).indices,
-        ]
-    )
-    weights, error = state.weights[shown], error[shown]
-    far = error.abs() > edge
-    axes.plot(weights[~far], error[~far], ".", color=COLORS["blue"], markersize=3, zorder=3)
-    label = "weight value"
-    if far.any():
-        above = error[far].sign() * edge
-        axes.plot(weights[far], above, "v", color=COLORS["pink"], markersize=5, zorder=3)
-        label += f" (triangles: clipped, error up to {float(error.abs().max()):.2g})"
-    axes.set(xlabel=label, ylabel="rounding error")

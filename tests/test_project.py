@@ -30,7 +30,7 @@ LEVELS = (
     {"quant", "kernels"},
     {"plotting", "measure", "ledger", "machine"},
     {"ptq"},
-    {"classroom", "pretrain", "widgets", "formats", "clipping", "checks", "notebooks", "doctor"},
+    {"classroom", "pretrain", "widgets", "formats", "grids", "clipping", "checks", "notebooks", "doctor"},
     {"__main__"},
 )
 
