@@ -15,18 +15,12 @@ _SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pyd
 
 
 def text(split: str) -> str:
-    """Return one of three texts that share no paragraph.
-
-    `"calibration"` and `"eval"` come from the Python language reference that CPython ships for
-    `help()` (`pydoc_data.topics`), cut by paragraph after removing repeats. `"train"` is the
-    docstrings of the standard library, less every paragraph that the reference also holds.
+    """Return one of three texts that share no paragraph; they depend on the Python version.
 
     Args:
-        split: `"train"`, `"calibration"` or `"eval"`.
-
-    Returns:
-        The text. About 1.4 million characters for `"train"`, 190,000 for each of the others; the
-        exact text depends on the Python version.
+        split: `"train"` (the docstrings of the standard library, 1.4 million characters), or
+            `"calibration"` or `"eval"` (190,000 each, cut from the language reference that CPython
+            ships for `help()`, `pydoc_data.topics`).
 
     Raises:
         ValueError: if `split` is not one of the three.
@@ -35,7 +29,10 @@ def text(split: str) -> str:
         raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
     if split == "train":
         return "\n\n".join(docstrings(("stdlib",)))
-    return _reference_split()[split]
+    # Cut in long runs, not paragraph by paragraph: a window of 512 tokens should read as one text.
+    paragraphs, first = _reference_paragraphs(), 0 if split == "calibration" else 50
+    runs = (paragraphs[start : start + 50] for start in range(first, len(paragraphs), 100))
+    return "\n\n".join(paragraph for run in runs for paragraph in run)
 
 
 @functools.cache
@@ -44,17 +41,6 @@ def _reference_paragraphs() -> tuple[str, ...]:
 
     paragraphs = (p for name in sorted(topics) for p in topics[name].split("\n\n"))
     return tuple(dict.fromkeys(p.rstrip() for p in paragraphs if p.strip()))
-
-
-@functools.cache
-def _reference_split() -> dict[str, str]:
-    # Cut in long runs, not paragraph by paragraph: a window of 512 tokens should read as one text.
-    paragraphs = _reference_paragraphs()
-    runs = [paragraphs[start : start + 50] for start in range(0, len(paragraphs), 50)]
-    return {
-        "calibration": "\n\n".join(p for run in runs[0::2] for p in run),
-        "eval": "\n\n".join(p for run in runs[1::2] for p in run),
-    }
 
 
 def docstrings(packages: Iterable[str], held_out: bool = False) -> list[str]:
@@ -66,22 +52,17 @@ def docstrings(packages: Iterable[str], held_out: bool = False) -> list[str]:
         packages: importable top-level names; `"stdlib"` stands for the standard library.
         held_out: False returns 98 % of the docstrings, True the other 2 %, chosen by their hash.
 
-    Returns:
-        One string a docstring, in a fixed order.
-
     Raises:
         ValueError: if a package is not installed.
     """
-    seen = set(_reference_paragraphs())
-    kept = []
-    for package in packages:
-        for path in _source_files(package):
-            for doc in _docstrings_in(path):
-                fresh = [p for p in doc.split("\n\n") if p.strip() and p.rstrip() not in seen]
-                seen.update(p.rstrip() for p in fresh)
-                body = "\n\n".join(fresh)
-                if len(body) > 80 and _is_held_out(doc) == held_out:
-                    kept.append(body)
+    seen, kept = set(_reference_paragraphs()), []
+    paths = (path for package in packages for path in _source_files(package))
+    for doc in (doc for path in paths for doc in _docstrings_in(path)):
+        fresh = [p for p in doc.split("\n\n") if p.strip() and p.rstrip() not in seen]
+        seen.update(p.rstrip() for p in fresh)
+        body, is_held_out = "\n\n".join(fresh), hashlib.sha256(doc.encode()).digest()[0] < 5
+        if len(body) > 80 and is_held_out == held_out:
+            kept.append(body)
     return kept
 
 
@@ -107,18 +88,13 @@ def _docstrings_in(path: Path) -> list[str]:
     return [doc for doc in found if doc]
 
 
-def _is_held_out(doc: str) -> bool:
-    return hashlib.sha256(doc.encode()).digest()[0] < 5
-
-
 def windows(tokenizer, split: str, n_windows: int, length: int) -> torch.Tensor:
     """Cut the first tokens of a text split into windows that do not overlap.
 
     Args:
         tokenizer: a tokenizer as `transformers` makes them.
-        split: `"train"`, `"calibration"` or `"eval"`.
-        n_windows: how many windows.
-        length: tokens a window.
+        split: `"train"`, `"calibration"` or `"eval"`, see `text`.
+        n_windows, length: how many windows, of how many tokens each.
 
     Returns:
         int64 tensor `(n_windows, length)`.
@@ -131,24 +107,18 @@ def windows(tokenizer, split: str, n_windows: int, length: int) -> torch.Tensor:
             raise ValueError(f"{name} must be at least 1, not {value}")
     # A token covers a character or more, so 12 characters a token are plenty and spare the rest.
     needed = n_windows * length
-    ids = tokenizer(text(split)[: 12 * needed], verbose=False, add_special_tokens=False)[
-        "input_ids"
-    ]
+    some = text(split)[: 12 * needed]
+    ids = tokenizer(some, verbose=False, add_special_tokens=False)["input_ids"]
     if len(ids) < needed:
-        raise ValueError(
-            f"n_windows × length = {needed} tokens, but split {split!r} has only {len(ids)}"
-        )
+        wanted = f"n_windows × length = {needed} tokens"
+        raise ValueError(f"{wanted}, but split {split!r} has only {len(ids)}")
     return torch.tensor(ids[:needed]).view(n_windows, length)
 
 
 def digits(size: int = 28) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Load scikit-learn's 1,797 handwritten digits, enlarged and split for training and testing.
+    """Load scikit-learn's 1,797 handwritten digits, enlarged from 8×8 to `size`×`size` pixels.
 
-    Source: `sklearn.datasets.load_digits` (8×8 images, UCI Optical Recognition of Handwritten
-    Digits), enlarged by bilinear interpolation.
-
-    Args:
-        size: height and width of an image in pixels.
+    Source: UCI Optical Recognition of Handwritten Digits.
 
     Returns:
         `x_train (1347, size²)`, `y_train (1347,)`, `x_test (450, size²)`, `y_test (450,)`; images

@@ -1,23 +1,22 @@
 """Examine this machine: what works, what does not, and how to mend it."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import NamedTuple
 
 MEMORY_OF_A_CHAPTER = 3_500_000_000  # bytes: the budget every chapter keeps
 MEMORY_NEEDED = 2_000_000_000  # below this not even SmolLM2 can be converted
-SHOWN_PACKAGES = ("torch", "torchao", "transformers")
 REINSTALL = "in the folder of the workbook, run: python -m pip install -e ."
 FETCH = "python -m labkit fetch"
 MARKS = {"ok": "✓", "warning": "!", "failed": "✗"}
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One line of the report: status "ok", "warning" or "failed", what was found, the remedy."""
 
     status: str
@@ -26,59 +25,39 @@ class Finding:
 
 
 def examine() -> int:
-    """Print one line a finding, with a remedy below each that is not "ok".
-
-    Returns:
-        The exit status: 1 if anything failed, else 0. Warnings do not count.
-    """
+    """Print every finding, with its remedy; return the exit status, 1 if anything failed."""
     failures = 0
     for check in CHECKS:
-        for finding in _run(check):
-            failures += finding.status == "failed"
-            print(f"{MARKS[finding.status]} {finding.text}", flush=True)
-            if finding.remedy:
-                print(f"    → {finding.remedy}", flush=True)
+        try:
+            findings = list(check())
+        except Exception as error:  # a broken installation can fail anywhere; the report goes on
+            subject = check.__name__.removeprefix("check_").replace("_", " ")
+            findings = [Finding("failed", f"{subject}: {type(error).__name__}: {error}", REINSTALL)]
+        for status, text, remedy in findings:
+            failures += status == "failed"
+            print(f"{MARKS[status]} {text}" + (f"\n    → {remedy}" if remedy else ""), flush=True)
     print(f"{failures} problem(s) to mend." if failures else "This machine is ready.")
     return int(failures > 0)
 
 
-def _run(check: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    # A broken installation can fail anywhere; the report must go on and still say what to do.
-    try:
-        return list(check())
-    except Exception as error:
-        subject = check.__name__.removeprefix("check_").replace("_", " ")
-        return [Finding("failed", f"{subject}: {type(error).__name__}: {error}", REINSTALL)]
-
-
 def check_packages() -> Iterable[Finding]:
-    """Compare Python and every required package with what labkit's metadata asks for."""
+    """Compare every required package with what labkit's metadata asks for."""
     from packaging.requirements import Requirement
-    from packaging.specifiers import SpecifierSet
 
-    wanted = importlib.metadata.metadata("labkit")["Requires-Python"]
-    python = platform.python_version()
-    if not SpecifierSet(wanted or "").contains(python, prereleases=True):
-        remedy = f"make a new virtual environment with a Python {wanted}"
-        yield Finding("failed", f"Python {python}, but labkit needs {wanted}", remedy)
-    requirements = map(Requirement, importlib.metadata.requires("labkit") or [])
+    requirements = map(Requirement, importlib.metadata.requires("labkit"))
     needed = [r for r in requirements if not r.marker or r.marker.evaluate({"extra": ""})]
-    found = {r.name: _installed_version(r.name) for r in needed}
-    wrong = [r for r in needed if not r.specifier.contains(found[r.name] or "0", prereleases=True)]
-    for requirement in wrong:
-        version = found[requirement.name] or "not installed"
-        text = f"{requirement.name}: {version}, but labkit needs {requirement.specifier}"
-        yield Finding("failed", text, REINSTALL)
-    shown = ", ".join(f"{name} {found.get(name)}" for name in SHOWN_PACKAGES)
-    if not wrong:
-        yield Finding("ok", f"Python {python}; {len(needed)} packages as pinned ({shown})")
-
-
-def _installed_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    found = {}
+    for r in needed:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[r.name] = importlib.metadata.version(r.name)
+        if not r.specifier.contains(found.get(r.name, "0"), prereleases=True):
+            version = found.pop(r.name, "not installed")
+            text = f"{r.name}: {version}, but labkit needs {r.specifier}"
+            yield Finding("failed", text, REINSTALL)
+    if len(found) == len(needed):
+        shown = ", ".join(f"{name} {found[name]}" for name in ("torch", "torchao", "transformers"))
+        text = f"Python {platform.python_version()}; {len(needed)} packages as pinned ({shown})"
+        yield Finding("ok", text)
 
 
 def check_memory() -> Iterable[Finding]:
@@ -88,11 +67,10 @@ def check_memory() -> Iterable[Finding]:
     memory = psutil.virtual_memory()
     text = f"memory: {memory.available / 1e9:.1f} GB free of {memory.total / 1e9:.1f} GB"
     if memory.available >= MEMORY_OF_A_CHAPTER:
-        yield Finding("ok", text)
-    else:
-        status = "warning" if memory.available >= MEMORY_NEEDED else "failed"
-        remedy = f"close other programs; a chapter takes up to {MEMORY_OF_A_CHAPTER / 1e9:.1f} GB"
-        yield Finding(status, text, remedy)
+        return [Finding("ok", text)]
+    status = "warning" if memory.available >= MEMORY_NEEDED else "failed"
+    remedy = f"close other programs; a chapter takes up to {MEMORY_OF_A_CHAPTER / 1e9:.1f} GB"
+    return [Finding(status, text, remedy)]
 
 
 def check_disk() -> Iterable[Finding]:
@@ -101,18 +79,14 @@ def check_disk() -> Iterable[Finding]:
 
     cache = models.cache_folder()
     existing = next(p for p in (cache.absolute(), *cache.absolute().parents) if p.exists())
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
     free = shutil.disk_usage(existing).free
     text = f"disk: {free / 1e9:.1f} GB free at the cache, {cache}"
-    remedy = "set LABKIT_CACHE to a folder of yours on a disk with "
-    remedy += f"{models.DISK_NEEDED / 1e9:.1f} GB free"
-    if models.smollm2_folder().exists():
-        yield Finding("ok", text)
-    elif not existing.is_dir() or not os.access(existing, os.W_OK):
-        yield Finding("failed", f"{text}: not writable", remedy)
-    elif free < models.DISK_NEEDED:
-        yield Finding("failed", text, remedy)
-    else:
-        yield Finding("ok", text)
+    if models.smollm2_folder().exists() or (writable and free >= models.DISK_NEEDED):
+        return [Finding("ok", text)]
+    space = f"{models.DISK_NEEDED / 1e9:.1f} GB free"
+    remedy = f"set LABKIT_CACHE to a folder of yours on a disk with {space}"
+    return [Finding("failed", text + ("" if writable else ": not writable"), remedy)]
 
 
 def check_hardware() -> Iterable[Finding]:
@@ -137,12 +111,11 @@ def check_smollm2() -> Iterable[Finding]:
 
     status = models.smollm2_status()
     if status == "ready":
-        yield Finding("ok", f"SmolLM2: ready in {models.smollm2_folder()}")
-    elif status == "missing":
-        yield Finding("warning", "SmolLM2: not in the cache", f"{FETCH} (93 MB, once)")
-    else:
-        remedy = f"{FETCH} (sets the damaged files aside and fetches them again)"
-        yield Finding("failed", f"SmolLM2: {status}", remedy)
+        return [Finding("ok", f"SmolLM2: ready in {models.smollm2_folder()}")]
+    if status == "missing":
+        return [Finding("warning", "SmolLM2: not in the cache", f"{FETCH} (93 MB, once)")]
+    remedy = f"{FETCH} (sets the damaged files aside and fetches them again)"
+    return [Finding("failed", f"SmolLM2: {status}", remedy)]
 
 
 def check_quantize_and_run() -> Iterable[Finding]:
@@ -168,10 +141,9 @@ def check_quantize_and_run() -> Iterable[Finding]:
     )
     # NaN fails both. A sound machine shows 0.04 and 0.005; a broken kernel, whole nats.
     lost = [result.nats_per_token - reference.nats_per_token for result in (int8, int4)]
-    if abs(lost[0]) < 0.2 and abs(lost[1]) < 0.05:
-        yield Finding("ok", text)
-    else:
-        yield Finding("failed", text, f"the results are off; {REINSTALL}")
+    sound = abs(lost[0]) < 0.2 and abs(lost[1]) < 0.05
+    remedy = f"the results are off; {REINSTALL}"
+    yield Finding("ok", text) if sound else Finding("failed", text, remedy)
 
 
 CHECKS = (

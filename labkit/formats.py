@@ -40,9 +40,6 @@ def format_bits(value: float, number_format: str) -> str:
         value: any number; NaN and infinity for floating-point formats only.
         number_format: a key of `FORMATS`.
 
-    Returns:
-        Sign, exponent and fraction bits (integers: sign and value bits), a space between fields.
-
     Raises:
         ValueError: if the format is unknown, or an integer format is given NaN or infinity.
     """
@@ -62,9 +59,6 @@ def decode(bits: str, number_format: str) -> float:
     Args:
         bits: the pattern, most significant bit first; spaces do not matter.
         number_format: a key of `FORMATS`.
-
-    Returns:
-        The number; NaN or infinity where the pattern says so.
 
     Raises:
         ValueError: if the format is unknown, or `bits` is no pattern of its width.

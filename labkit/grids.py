@@ -14,12 +14,7 @@ GRANULARITIES = ("per tensor", "per channel", "groups of 128", "groups of 64", "
 
 @dataclass(frozen=True, eq=False)
 class GridState:
-    """A quantized weight, as `grid_state` measures it.
-
-    `weights` and `restored` (float32, 1-D, one scale) are the part that is drawn, before and after
-    rounding; `grid`, `scale`, `zero_point`, `levels_used` and `clipped` (a count) are its own.
-    `mse`, `snr_db` and `bits_per_weight` are of the whole weight.
-    """
+    """A quantized weight: `mse`, `snr_db`, `bits_per_weight` of the whole, the rest of one part."""
 
     heading: str
     part: str
@@ -132,6 +127,7 @@ def grid_figure(state: GridState):
 
 
 def group_size_of(granularity: str) -> int:
+    """Return 64 for "groups of 64"."""
     return int(granularity.removeprefix("groups of "))
 
 

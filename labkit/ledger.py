@@ -3,37 +3,26 @@
 import json
 import os
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-CATEGORIES = (
-    "quantized codes",
-    "scales",
-    "zero points",
-    "embeddings",
-    "float weights",
-    "norms and biases",
-)
+_IN_FLOAT = ("embeddings", "float weights", "norms and biases")
+CATEGORIES = ("quantized codes", "scales", "zero points", *_IN_FLOAT)
 OVERHEAD = "file overhead"
 
 
 def save_weights(model: nn.Module, path: str | Path, overwrite: bool = False) -> Path:
-    """Write every stored tensor of a model to one safetensors file.
+    """Write every stored tensor of a model to one safetensors file, and return its path.
 
-    Tied tensors are written once. Weights that `torch.ao` modules hide in packed form and torchao
-    tensors are written as what they hold: codes, scales, zero points. Buffers that are not
-    persistent (rotary tables) are left out, as in `state_dict`.
+    Tied tensors are written once. Weights that `torch.ao` hides in packed form and torchao tensors
+    are written as what they hold: codes, scales, zero points.
 
     Args:
         model: a float model, or one quantized with `torch.ao`, torchao or `PackedLinear`.
         path: the file; its folder must exist. A half-written file never has this name.
         overwrite: replace an existing file.
-
-    Returns:
-        The path.
 
     Raises:
         FileExistsError: if the file exists and `overwrite` is False.
@@ -44,10 +33,9 @@ def save_weights(model: nn.Module, path: str | Path, overwrite: bool = False) ->
     path = Path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"path: {path} exists; pass overwrite=True to replace it")
-    stored = _collect(model)
-    note = {"categories": stored.categories, "ties": stored.ties}
+    stored, note, _ = _collect(model)
     metadata = {"labkit": json.dumps(note, separators=(",", ":"))}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in stored.tensors.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, partial, metadata=metadata)
@@ -57,62 +45,41 @@ def save_weights(model: nn.Module, path: str | Path, overwrite: bool = False) ->
     return path
 
 
-@dataclass
-class _Stored:
-    """What a model stores: tensors by name, their categories, `ties` (other name → name written),
-    and the modules whose weights are copies, unpacked from a hidden form (module → its tensors)."""
-
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    categories: dict[str, int] = field(default_factory=dict)
-    ties: dict[str, str] = field(default_factory=dict)
-    unpacked: dict[str, set[str]] = field(default_factory=dict)
-
-
-def _collect(model: nn.Module) -> _Stored:
-    stored, seen = _Stored(), {}
-    for prefix, module in model.named_modules():
-        if any(_inside(prefix, name) for name in stored.unpacked):
+def _collect(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, dict], list[str]]:
+    """Return tensors by name, a note about them, and the modules whose weights were unpacked."""
+    stored, categories, ties, unpacked, seen = {}, {}, {}, [], {}
+    for path, module in model.named_modules():
+        if path.startswith(tuple(unpacked)):
             continue
-        hidden = _unpack(module)
-        if hidden:
-            stored.unpacked[prefix] = set(hidden)
-        tensors = hidden or _own_tensors(module)
-        quantized = _is_ao(module) or any(_is_codes(tensor) for tensor in tensors.values())
+        prefix = f"{path}." if path else ""
+        tensors = _unpack(module)
+        if tensors:
+            unpacked.append(prefix)
+        else:
+            tensors = _own_tensors(module, prefix)
+        quantized = _is_ao(module) or any(map(_is_codes, tensors.values()))
         for leaf, tensor in tensors.items():
-            name = f"{prefix}.{leaf}".lstrip(".")
+            name = prefix + leaf
             if tensor.is_meta:
                 raise TypeError(f"model: {name} is on the meta device and holds no values")
             place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             first = seen.setdefault(place, name)
             if first != name:
-                stored.ties[name] = first
+                ties[name] = first  # other name → name written
+            stored.setdefault(first, tensor)
             category = _category(leaf, tensor, quantized, isinstance(module, nn.Embedding))
-            stored.tensors.setdefault(first, tensor)
             # A head tied to an embedding is the embedding, whichever the model lists first.
-            stored.categories[first] = min(category, stored.categories.get(first, category))
-    _refuse_leftovers(model, {model.get_submodule(name) for name in stored.unpacked})
-    return stored
+            categories[first] = min(category, categories.get(first, category))
+    return stored, {"categories": categories, "ties": ties}, unpacked
 
 
-def _refuse_leftovers(model: nn.Module, unpacked: set[nn.Module]) -> None:
-    modules = model.named_modules(remove_duplicate=False)
-    prefixes = [name for name, module in modules if module in unpacked]
-    for name, value in model.state_dict().items():
-        known = isinstance(value, torch.Tensor) or any(_inside(name, p) for p in prefixes)
-        if not known:
-            raise TypeError(f"model: cannot store {name}, a {type(value).__name__}")
-
-
-def _inside(name: str, module: str) -> bool:
-    return name == module or not module or name.startswith(module + ".")
-
-
-def _own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-    for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-        if name not in module._non_persistent_buffers_set:
-            own[name] = buffer
-    return {key: part for name, tensor in own.items() for key, part in _flatten(name, tensor)}
+def _own_tensors(module: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    own = {}
+    module._save_to_state_dict(own, "", keep_vars=True)  # `state_dict` without the children
+    for name, value in own.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"model: cannot store {prefix}{name}, a {type(value).__name__}")
+    return dict(pair for name, tensor in own.items() for pair in _flatten(name, tensor))
 
 
 def _flatten(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
@@ -129,31 +96,28 @@ def _is_ao(module: nn.Module) -> bool:
 def _unpack(module: nn.Module) -> dict[str, torch.Tensor]:
     if not _is_ao(module):
         return {}
+    hidden, dtype = {}, getattr(module, "dtype", None)
     if hasattr(module, "_all_weight_values"):  # LSTM and GRU
-        weights, biases, dtype = module.get_weight(), module.get_bias(), module.dtype
+        hidden = module.get_weight() | module.get_bias()
     elif callable(getattr(module, "weight", None)):  # Linear, Conv, Embedding
-        weights, biases = {"weight": module.weight()}, {}
-        if callable(getattr(module, "bias", None)):
-            biases["bias"] = module.bias()
+        bias = getattr(module, "bias", None)
+        hidden = {"weight": module.weight(), "bias": bias() if callable(bias) else None}
         dtype = getattr(module._packed_params, "dtype", None)
-    else:
-        weights, biases, dtype = {}, {}, None
     parts = {}
-    for name, weight in weights.items():
-        if weight.is_quantized:
-            parts |= {f"{name}.{key}": part for key, part in _split(weight).items()}
-        else:  # dtype=torch.float16 packs halves but hands out float32
-            parts[name] = weight.half() if dtype == torch.float16 else weight
-    parts |= {name: bias for name, bias in biases.items() if bias is not None}
+    for name, tensor in hidden.items():
+        if tensor is not None and tensor.is_quantized:
+            parts |= _split(name, tensor)
+        elif tensor is not None:  # dtype=torch.float16 packs halves but hands out float32
+            is_half = dtype == torch.float16 and name.startswith("weight")
+            parts[name] = tensor.half() if is_half else tensor
     # A dynamic layer has these two attributes as well, unused.
     is_static = ".dynamic" not in type(module).__module__
     if is_static and isinstance(getattr(module, "scale", None), float):
-        parts["scale"] = torch.tensor(module.scale)
-        parts["zero_point"] = torch.tensor(module.zero_point)
+        parts |= {name: torch.tensor(getattr(module, name)) for name in ("scale", "zero_point")}
     return parts
 
 
-def _split(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+def _split(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     if weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
         scale = torch.tensor(weight.q_scale(), dtype=torch.float64)
         zero_point = torch.tensor(weight.q_zero_point())
@@ -165,30 +129,24 @@ def _split(weight: torch.Tensor) -> dict[str, torch.Tensor]:
         scale = scale.float()
     if not zero_point.is_floating_point():
         zero_point = zero_point.to(codes.dtype)
-    return {"codes": codes, "scale": scale, "zero_point": zero_point}
+    return {f"{name}.codes": codes, f"{name}.scale": scale, f"{name}.zero_point": zero_point}
 
 
 def _is_codes(tensor: torch.Tensor) -> bool:
-    return tensor.ndim >= 2 and (
-        tensor.dtype in (torch.int16, torch.int32)
-        or (tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool)
-    )
+    one_byte = tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool
+    return tensor.ndim >= 2 and (one_byte or tensor.dtype in (torch.int16, torch.int32))
 
 
 def _category(leaf: str, tensor: torch.Tensor, quantized: bool, embedding: bool) -> int:
-    if quantized and "scale" in leaf:
-        name = "scales"
-    elif quantized and "zero" in leaf:
-        name = "zero points"
-    elif _is_codes(tensor):
-        name = "quantized codes"
-    elif embedding:
-        name = "embeddings"
-    elif tensor.is_floating_point() and tensor.ndim >= 2:
-        name = "float weights"
-    else:
-        name = "norms and biases"
-    return CATEGORIES.index(name)
+    belongs = {
+        "scales": quantized and "scale" in leaf,
+        "zero points": quantized and "zero" in leaf,
+        "quantized codes": _is_codes(tensor),
+        "embeddings": embedding,
+        "float weights": tensor.is_floating_point() and tensor.ndim >= 2,
+        "norms and biases": True,
+    }
+    return CATEGORIES.index(next(name for name, found in belongs.items() if found))
 
 
 def byte_ledger(source: str | Path | nn.Module) -> dict[str, int]:
@@ -198,9 +156,8 @@ def byte_ledger(source: str | Path | nn.Module) -> dict[str, int]:
         source: a file written by `save_weights`, or a model: the file it would be saved to.
 
     Returns:
-        Bytes by category, in the order of `CATEGORIES` (embeddings, weights, norms and biases are
-        those left in float; a tied head counts as embedding, once), then the file overhead. The
-        sum is the size of the file.
+        Bytes by category, in the order of `CATEGORIES` (a tied head counts as embedding, once),
+        then the file overhead. The sum is the size of the file.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -234,8 +191,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Fill a model with the weights of a file, exactly: the inverse of `save_weights`.
 
     Args:
-        model: built, and quantized, the same way as the model that was saved. Tensors that were
-            tied then are tied again.
+        model: built and quantized as the one that was saved. What was tied is tied again.
         path: a file written by `save_weights`.
 
     Raises:
@@ -245,16 +201,18 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     from safetensors.torch import load_file
 
-    path = Path(path)
-    note, _ = _read_header(path)
-    stored, parameters = _collect(model), dict(model.named_parameters())
-    ties = _ties_to_make(note["ties"], parameters)
-    expected = {name: tensor for name, tensor in stored.tensors.items() if name not in ties}
-    if stored.unpacked:
+    note, _ = _read_header(Path(path))
+    expected, _, unpacked = _collect(model)
+    if unpacked:
         raise TypeError(
-            f"model: load_weights cannot fill {next(iter(stored.unpacked))!r}, a layer "
+            f"model: load_weights cannot fill {unpacked[0].rstrip('.')!r}, a layer "
             "of torch.ao; load the float model, then quantize it again"
         )
+    parameters = dict(model.named_parameters())
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    # Ties of the file between parameters that are separate in the model.
+    ties = {a: b for a, b in note["ties"].items() if a in shapes and shapes[a] == shapes.get(b)}
+    expected = {name: tensor for name, tensor in expected.items() if name not in ties}
     loaded = load_file(path)
     _check_same(expected, loaded)
     for alias, name in ties.items():
@@ -265,22 +223,13 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             tensor.copy_(loaded[name])
 
 
-def _ties_to_make(ties: dict[str, str], parameters: dict[str, nn.Parameter]) -> dict[str, str]:
-    """Return the ties of the file between parameters that are separate in the model."""
-    return {
-        alias: name
-        for alias, name in ties.items()
-        if {alias, name} <= parameters.keys() and parameters[alias].shape == parameters[name].shape
-    }
-
-
 def _check_same(expected: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> None:
-    both = expected.keys() & loaded.keys()
     forms = [{name: (t.dtype, t.shape) for name, t in side.items()} for side in (expected, loaded)]
+    changed = {name for name, _ in forms[0].items() ^ forms[1].items()}
     problems = {
         "missing in the file": expected.keys() - loaded.keys(),
         "unknown to the model": loaded.keys() - expected.keys(),
-        "of another shape or dtype": {name for name in both if forms[0][name] != forms[1][name]},
+        "of another shape or dtype": changed & expected.keys() & loaded.keys(),
     }
     found = [f"{len(v)} {k} ({', '.join(sorted(v)[:3])} …)" for k, v in problems.items() if v]
     if found:

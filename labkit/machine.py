@@ -1,14 +1,13 @@
 """The machine: memory a process takes, and hardware facts that bear on quantization."""
 
 import gc
+import inspect
 import json
-import os
 import platform
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,34 +39,39 @@ def resident_memory() -> int:
     return psutil.Process().memory_info().rss
 
 
-@dataclass(frozen=True)
-class PeakMemory:
+class PeakMemory(NamedTuple):
     """The most memory a process occupied, in bytes, and what its code left in `result`."""
 
     nbytes: int
     result: Any
 
 
-# Standard library only: an import of torch would itself raise the peak. On Linux `ru_maxrss` is
-# wrong here: a child starts with the peak of the process that started it, VmHWM does not.
-_REPORT = """
-def _peak_bytes():
+def peak_nbytes() -> int:
+    """Return the most memory this process has occupied, in bytes."""
+    # Runs in other processes, from its source: an import of torch would itself raise the peak. On
+    # Linux `ru_maxrss` is wrong: a child starts with the peak of its parent, VmHWM does not.
     import sys
+
     if sys.platform == "win32":
         import psutil
+
         return psutil.Process().memory_info().peak_wset
     if sys.platform == "linux":
-        with open("/proc/self/status") as status:
+        with open("/proc/self/status") as status:  # noqa: PTH123
             for line in status:
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024
     import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-_peak = _peak_bytes()
+
+
+_REPORT = f"""
+{inspect.getsource(peak_nbytes)}
+_peak = peak_nbytes()
 import json
-print()
-print(json.dumps({"nbytes": _peak, "result": globals().get("result")}))
+print("\\n" + json.dumps({{"nbytes": _peak, "result": globals().get("result")}}))
 """
 
 
@@ -75,8 +79,7 @@ def peak_memory(code: str, timeout: float = 600) -> PeakMemory:
     """Run Python code in a fresh process and return the most memory that process occupied.
 
     Args:
-        code: what to run, indented or not. If it sets a variable `result`, that comes back; it must
-            be something JSON can hold.
+        code: what to run, indented or not; its variable `result` comes back, if JSON can hold it.
         timeout: seconds to wait.
 
     Returns:
@@ -85,12 +88,9 @@ def peak_memory(code: str, timeout: float = 600) -> PeakMemory:
     Raises:
         RuntimeError: if the code fails or takes too long; holds the end of its error output.
     """
-    command = [sys.executable, "-c", textwrap.dedent(code) + "\n" + _REPORT]
-    environment = os.environ | {"PYTHONUTF8": "1"}
+    command = [sys.executable, "-X", "utf8", "-c", textwrap.dedent(code) + "\n" + _REPORT]
     try:
-        child = subprocess.run(
-            command, capture_output=True, encoding="utf-8", env=environment, timeout=timeout
-        )
+        child = subprocess.run(command, capture_output=True, encoding="utf8", timeout=timeout)
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"code took more than timeout={timeout} s") from None
     reports = [line for line in child.stdout.splitlines() if line.startswith('{"nbytes": ')]
@@ -101,17 +101,10 @@ def peak_memory(code: str, timeout: float = 600) -> PeakMemory:
 
 
 def hardware() -> dict[str, Any]:
-    """Return facts about this machine that bear on quantization.
-
-    Returns:
-        CPU name, architecture, cores, caches and memory (bytes; None where unknown), the names of
-        its instruction sets for low precision, torch's quantized engines, GPU name or None,
-        operating system, and the versions of Python and torch.
-    """
+    """Return facts about this machine that bear on quantization; None where unknown."""
     import psutil
 
     cpu = torch.cpu.get_capabilities()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": cpu.get("cpu_name") or platform.processor() or platform.machine(),
         "architecture": cpu.get("architecture") or platform.machine(),
@@ -122,7 +115,7 @@ def hardware() -> dict[str, Any]:
         "memory bytes": psutil.virtual_memory().total,
         "instruction sets": [name for key, name in _INSTRUCTIONS.items() if cpu.get(key)],
         "quantized engines": [e for e in torch.backends.quantized.supported_engines if e != "none"],
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -130,11 +123,7 @@ def hardware() -> dict[str, Any]:
 
 
 def quantized_engine() -> str:
-    """Return the name of torch's INT8 engine for this machine; the caller sets it.
-
-    Returns:
-        A value for `torch.backends.quantized.engine`: `"x86"` or `"fbgemm"` on x86, `"qnnpack"` on
-        ARM.
+    """Return the value that suits this machine for `torch.backends.quantized.engine`; sets nothing.
 
     Raises:
         RuntimeError: if this build of torch has none.

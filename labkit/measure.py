@@ -132,9 +132,6 @@ def paired_difference(other: Perplexity, reference: Perplexity) -> Difference:
     Args:
         other, reference: from `perplexity` with the same `ids`.
 
-    Returns:
-        A `Difference`, positive when `other` is worse.
-
     Raises:
         ValueError: if the windows differ in shape or are fewer than 2, or the reference is not
             finite.

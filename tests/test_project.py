@@ -30,7 +30,8 @@ LEVELS = (
     {"quant", "kernels"},
     {"plotting", "measure", "ledger", "machine"},
     {"ptq"},
-    {"classroom", "pretrain", "widgets", "formats", "grids", "clipping", "checks", "notebooks", "doctor"},
+    {"classroom", "formats", "grids", "clipping", "checks", "notebooks", "doctor"},
+    {"widgets"},
     {"__main__"},
 )
 
