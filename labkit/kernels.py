@@ -12,9 +12,6 @@ class PackedLinear(nn.Module):
     The buffers are what a saved file holds: `codes` (uint8; at 4 bits two codes a byte), `scale`
     (float16) and, when asymmetric, `zero_point` (uint8). `forward` dequantizes first, so it saves
     bytes, not time.
-
-    Attributes:
-        bits, group_size, symmetric: how the weight was quantized.
     """
 
     def __init__(

@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from labkit.measure import check_ids
-from labkit.quant import dequantize_groups, gptq, group_qparams, quantize_groups
+from labkit.quant import (
+    choose_qparams,
+    dequantize,
+    dequantize_groups,
+    gptq,
+    group_qparams,
+    quantize,
+    quantize_groups,
+)
 
 # The linear layers of a block by what enters them, and the layer whose output that is. The input of
 # o_proj has no entry there: with shared value heads, no factor for each channel goes back into one.
@@ -104,6 +112,27 @@ def _recorder(sums: dict[str, list], name: str):
     return record
 
 
+def histogram_range(
+    x: torch.Tensor, bits: int, n_bins: int = 2048, steps: int = 24
+) -> torch.Tensor:
+    """Return the range `(low, high)` with the least squared error, searched on a histogram of `x`.
+
+    Args:
+        x: activations of any shape, float32 and finite.
+        bits: width of an asymmetric code.
+        n_bins, steps: of the histogram, and of the search at each end.
+    """
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    counts = torch.histc(x, n_bins, low.item(), high.item())
+    centers = low + (high - low) * (torch.arange(n_bins) + 0.5) / n_bins
+    shrinks = torch.logspace(0, -1.7, steps)
+    ends = torch.cartesian_prod(low * shrinks, high * shrinks)  # every pair, (steps², 2)
+    scale, zero_point = choose_qparams(ends, bits, dim=-1)
+    codes = quantize(centers.expand(len(ends), -1), scale, zero_point, bits)
+    errors = (dequantize(codes, scale, zero_point) - centers).square() @ counts
+    return ends[errors.argmin()]
+
+
 @torch.no_grad()
 def rescale_input(block: nn.Module, name: str, factor: torch.Tensor) -> None:
     """Divide the input channels of linear layers by a factor, without changing what they compute.
@@ -133,15 +162,12 @@ def rescale_input(block: nn.Module, name: str, factor: torch.Tensor) -> None:
 
 @torch.no_grad()
 def smooth_factor(peak: torch.Tensor, weights: list[torch.Tensor], alpha: float) -> torch.Tensor:
-    """Return SmoothQuant's factor: it moves the difficulty of activations into the weights.
+    """Return SmoothQuant's factor `(in,)`, peakᵅ / max |w|¹⁻ᵅ: from activations into weights.
 
     Args:
         peak: `(in,)`, largest magnitude of each input channel in calibration.
         weights: the matrices `(out, in)` that read this input.
         alpha: how much moves, from 0 (weights get flat) to 1 (activations get flat).
-
-    Returns:
-        `(in,)`: peakᵅ / max |w|¹⁻ᵅ.
 
     Source: Xiao et al., "SmoothQuant", arXiv 2211.10438.
     """
@@ -167,9 +193,8 @@ def awq_factor(
     """Search AWQ's factor: channels with large activations get a finer grid.
 
     Args:
-        weights: the matrices `(out, in)` that read this input.
+        weights: the matrices `(out, in)` that read this input, to be rounded as the others say.
         inputs: its statistics.
-        group_size, bits, symmetric: how the weights will be rounded.
         steps: how many exponents between 0 and 1 are tried.
 
     Returns:

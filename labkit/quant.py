@@ -26,15 +26,9 @@ def check_input(x: torch.Tensor, bits: int) -> None:
 
 
 def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
-    """Return the smallest and the largest code.
+    """Return the smallest and the largest code: (−127, 127), if symmetric, or (0, 255) at 8 bits.
 
-    Args:
-        bits: width of a code.
-        symmetric: True for signed codes around 0, False for unsigned codes from 0.
-
-    Returns:
-        `(qmin, qmax)`: (−127, 127) or (0, 255) at 8 bits. The signed range leaves out −128, so that
-        both signs reach equally far.
+    The signed range leaves out −128, so that both signs reach equally far.
     """
     if symmetric:
         return -(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1
@@ -91,10 +85,7 @@ def quantize(
 
     Args:
         x: floating-point tensor of any shape, finite.
-        scale: positive, broadcastable against `x`.
-        zero_point: integer-valued, broadcastable against `x`.
-        bits: width of a code, 2 to 8.
-        symmetric: the range of `integer_range`; must be what `choose_qparams` was given.
+        scale, zero_point, bits, symmetric: of `choose_qparams`; broadcastable against `x`.
 
     Returns:
         Codes shaped like `x`: int8 when symmetric, uint8 otherwise. One code a byte: see
@@ -119,12 +110,9 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tenso
 def fake_quantize(
     x: torch.Tensor, bits: int = 8, symmetric: bool = False, dim: int | None = None
 ) -> torch.Tensor:
-    """Quantize and dequantize at once: the rounding error without the saved bytes.
+    """Quantize and dequantize at once, float32: the rounding error without the saved bytes.
 
     Args, errors: as in `choose_qparams`.
-
-    Returns:
-        float32 tensor shaped like `x`.
     """
     scale, zero_point = choose_qparams(x, bits, symmetric, dim)
     return dequantize(quantize(x, scale, zero_point, bits, symmetric), scale, zero_point)

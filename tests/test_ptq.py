@@ -102,6 +102,31 @@ def test_calibration_names_the_layer_that_nan_enters(model, ids):
         next(passes)
 
 
+# An observer
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_histogram_range_is_near_the_best_that_brute_force_finds(bits):
+    x = torch.randn(200, 200, generator=torch.Generator().manual_seed(3)) ** 3 + 0.5
+
+    def error(ends) -> float:
+        grid = quant.choose_qparams(torch.as_tensor(ends), bits, dim=0)
+        return (quant.dequantize(quant.quantize(x, *grid, bits), *grid) - x).square().mean().item()
+
+    found = ptq.histogram_range(x, bits)
+    low, high, shrinks = x.min(), x.max(), torch.logspace(0, -1.7, 12)
+    tried = {(a, b): error([low * a, high * b]) for a in shrinks for b in shrinks}
+    assert error(found) <= 1.05 * min(tried.values())
+    if bits == 4:
+        assert error(found) < 0.7 * error([low, high])
+
+
+def test_the_histogram_range_of_positive_values_starts_at_zero():
+    low, high = ptq.histogram_range(torch.rand(1000) + 3, 8).tolist()
+    assert low == 0
+    assert 3 < high <= 4
+
+
 # Rewrites that change nothing
 
 
