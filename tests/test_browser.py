@@ -5,18 +5,20 @@ import pytest
 
 EXPLORERS = """\
 import torch
-from labkit.widgets import bits_explorer, grid_explorer
+from labkit.widgets import bits_explorer, clip_explorer, grid_explorer
 
 weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * 0.02
-weight[3, 7] = 0.4"""
+weight[3, 7] = 0.4
+activation = torch.randn(256, 64, generator=torch.Generator().manual_seed(1)) ** 3"""
 
 
 @pytest.fixture(scope="module")
 def page(lab_page, tmp_path_factory):
-    """Both explorers, run. The tests share the page: none needs the state another leaves."""
+    """All explorers, run. The tests share the page: none needs the state another leaves."""
     from conftest import run_all_cells
 
     cells = [EXPLORERS, 'bits_explorer(0.1, "FP16")', "grid_explorer(weight)"]
+    cells.append("clip_explorer(activation, bits=4)")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     path = tmp_path_factory.mktemp("source") / "explorers.ipynb"
     nbformat.write(notebook, path)
@@ -51,6 +53,11 @@ def bits(page):
 @pytest.fixture
 def grid(page):
     return Explorer(page, 2)
+
+
+@pytest.fixture
+def clip(page):
+    return Explorer(page, 3)
 
 
 def assert_both_changed(explorer: Explorer, before: tuple[str, str]) -> None:
@@ -135,8 +142,20 @@ def test_grid_explorer_changes_with_a_typed_row(grid):
     assert_both_changed(grid, before)
 
 
-def test_nothing_is_cut_off(bits, grid):
-    for explorer in (bits, grid):
+def test_clip_explorer_changes_with_each_dropdown(clip):
+    assert_loaded_and_described(clip)
+    for label, choice, words in [
+        ("Range kept", "25 %", "4 bits, range cut to 25 %"),
+        ("Bits", "8", "8 bits, range cut to 25 %"),
+    ]:
+        before = clip.state()
+        clip.area.get_by_label(label, exact=True).select_option(choice)
+        clip.wait_for_sentence(words)
+        assert_both_changed(clip, before)
+
+
+def test_nothing_is_cut_off(bits, grid, clip):
+    for explorer in (bits, grid, clip):
         output = explorer.area.locator(".jp-OutputArea-output").last
         assert output.evaluate("element => element.scrollWidth <= element.clientWidth + 1")
 
@@ -155,4 +174,4 @@ def test_sentence_is_readable_in_both_themes(page, theme, contrast):
         })"""
     # The style sheet of a theme comes after its name.
     page.wait_for_function(f"{brightness}.every(value => value {contrast})")
-    assert len(page.evaluate(brightness)) == 2
+    assert len(page.evaluate(brightness)) == 3
