@@ -48,7 +48,7 @@ def _fetch() -> int:
 
 
 def _refresh(folder: Path, chapters: list[str]) -> int:
-    from labkit import notebooks
+    from workshop import notebooks
 
     every, status = sorted(folder.glob("*.ipynb")), 0
     if not every:

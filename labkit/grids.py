@@ -1,7 +1,7 @@
 """The grid of a quantized weight: the state as numbers, as a sentence, and as a figure."""
 
 import math
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
@@ -12,24 +12,6 @@ from labkit.quant import check_input, choose_qparams, dequantize, integer_range,
 GRANULARITIES = ("per tensor", "per channel", "groups of 128", "groups of 64", "groups of 32")
 
 
-@dataclass(frozen=True, eq=False)
-class GridState:
-    """A quantized weight: `mse`, `snr_db`, `bits_per_weight` of the whole, the rest of one part."""
-
-    heading: str
-    part: str
-    grid: torch.Tensor
-    weights: torch.Tensor
-    restored: torch.Tensor
-    scale: float
-    zero_point: int
-    levels_used: int
-    clipped: int
-    mse: float
-    snr_db: float
-    bits_per_weight: float
-
-
 def grid_state(
     weight: torch.Tensor,
     bits: int = 4,
@@ -37,7 +19,7 @@ def grid_state(
     granularity: str = "per tensor",
     clip: float = 100.0,
     row: int = 0,
-) -> GridState:
+) -> SimpleNamespace:
     """Quantize a weight and measure what it cost.
 
     Args:
@@ -49,7 +31,8 @@ def grid_state(
         row: the output channel to draw (of groups: the first in it).
 
     Returns:
-        A `GridState`; its bits count a 16-bit scale and, if asymmetric, an 8-bit zero point.
+        What it cost: `mse`, `snr_db` and `bits_per_weight` (with a 16-bit scale and, if asymmetric,
+        an 8-bit zero point) of the whole; all else of the part drawn.
 
     Raises:
         TypeError, ValueError: if an argument is not as above.
@@ -71,7 +54,7 @@ def grid_state(
     part = row * len(units) // len(weight)
     qmin, qmax = integer_range(bits, symmetric)
     place = f"row {row}" + (", first group" if "groups" in granularity else "")
-    return GridState(
+    return SimpleNamespace(
         heading=f"{bits} bits, {'' if symmetric else 'a'}symmetric, {granularity}",
         part="whole tensor" if granularity == "per tensor" else place,
         grid=dequantize(torch.arange(qmin, qmax + 1), scale[part], zero_point[part]),
@@ -87,7 +70,7 @@ def grid_state(
     )
 
 
-def grid_sentence(state: GridState) -> str:
+def grid_sentence(state: SimpleNamespace) -> str:
     """Say what the grid is, what error it makes, and what it costs in bits."""
     return minus(
         f"{state.heading}. {state.part.capitalize()} ({state.weights.numel():,} weights): scale "
@@ -98,13 +81,13 @@ def grid_sentence(state: GridState) -> str:
     )
 
 
-def grid_title(state: GridState) -> str:
+def grid_title(state: SimpleNamespace) -> str:
     """Return the finding in a few words: title of the figure, alt text of the picture."""
     levels = f"{state.levels_used} of {len(state.grid)} levels used"
     return minus(f"{state.heading}: {levels}, {_decibels(state)}")
 
 
-def grid_figure(state: GridState):
+def grid_figure(state: SimpleNamespace):
     """Draw the weights on their grid and the rounding error beneath, as a matplotlib figure."""
     figure, (top, bottom) = subplots(2, 1, figsize=(7.2, 4.2), height_ratios=(1.7, 1), sharex=True)
     top.set_title(grid_title(state))
@@ -148,11 +131,11 @@ def _units(weight: torch.Tensor, granularity: str) -> torch.Tensor:
     return weight.reshape(-1, size)
 
 
-def _decibels(state: GridState) -> str:
+def _decibels(state: SimpleNamespace) -> str:
     return f"{state.snr_db:.1f} dB" if math.isfinite(state.snr_db) else "infinite (no error)"
 
 
-def _draw_error(axes, state: GridState) -> None:
+def _draw_error(axes, state: SimpleNamespace) -> None:
     error, edge = state.restored - state.weights, 1.5 * state.scale
     # A sample is enough for the eye, with the largest weights in it.
     shown = torch.cat(

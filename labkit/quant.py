@@ -139,7 +139,8 @@ def to_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     inputs = weight.shape[1]
     if not 1 <= group_size <= inputs:
         raise ValueError(f"group_size must be from 1 to the {inputs} inputs, not {group_size}")
-    padded = torch.nn.functional.pad(weight, (0, -inputs % group_size))
+    missing = -inputs % group_size
+    padded = torch.nn.functional.pad(weight, (0, missing)) if missing else weight  # no copy
     return padded.unflatten(1, (-1, group_size))
 
 

@@ -6,12 +6,11 @@ The picture is an `HTML` widget with an `<img>`, since `ipywidgets.Image` carrie
 import base64
 import html
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 # The pure halves of the explorers; `as` marks what is here for callers only.
-from labkit.clipping import REACHES, clip_figure, clip_sentence, clip_state, clip_title
 from labkit.formats import (
     FIELD_COLORS,
     FORMATS,
@@ -117,25 +116,24 @@ def grid_explorer(
     return _explorer(controls, draw)
 
 
-def clip_explorer(x: torch.Tensor, bits: int = 8, reach: float = 100.0):
-    """Return an explorer of what a range costs on an activation: bits, and how far it reaches.
+def explorer(choices: dict[str, Iterable], draw: Callable[..., tuple], start: tuple = ()):
+    """Return an explorer of anything that a notebook can draw: a dropdown for each choice.
 
-    Args, errors: as in `clip_state`, to begin with.
+    Args:
+        choices: by label, the options of a dropdown; a dictionary gives each value its own text.
+        draw: called with the chosen values in this order; returns a matplotlib figure, what it
+            shows in a few words, and the state in a sentence or two.
+        start: the values to begin with; of those not given, the first.
+
+    Raises:
+        traitlets.TraitError: if `start` names a value that is no option.
     """
     import ipywidgets as widgets
 
-    clip_state(x, bits, reach)
-    cuts = [(f"{percent:g} %", percent) for percent in REACHES]
-    controls = {
-        "bits": widgets.Dropdown(options=range(2, 9), value=bits, description="Bits"),
-        "reach": widgets.Dropdown(options=cuts, value=reach, description="Range kept"),
-    }
-
-    def draw(**chosen) -> tuple:
-        state = clip_state(x, **chosen)
-        return clip_figure(state), clip_title(state), clip_sentence(state)
-
-    return _explorer(controls, draw)
+    controls = {k: widgets.Dropdown(options=v, description=k) for k, v in choices.items()}
+    for box, value in zip(controls.values(), start, strict=False):
+        box.value = value
+    return _explorer(controls, lambda **chosen: draw(*chosen.values()))
 
 
 def _explorer(controls: dict, draw: Callable[..., tuple]):

@@ -5,11 +5,21 @@ import pytest
 
 EXPLORERS = """\
 import torch
-from labkit.widgets import bits_explorer, clip_explorer, grid_explorer
+from labkit import subplots
+from labkit.widgets import bits_explorer, explorer, grid_explorer
 
 weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * 0.02
 weight[3, 7] = 0.4
-activation = torch.randn(256, 64, generator=torch.Generator().manual_seed(1)) ** 3"""
+
+
+def draw(bits, reach):
+    figure, axes = subplots()
+    axes.plot(range(bits), [reach] * bits)
+    text = f"{bits} bits, range cut to {reach} %"
+    return figure, text, text + "."
+
+
+choices = {"Bits": range(2, 9), "Range kept": {"100 %": 100, "25 %": 25}}"""
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +28,7 @@ def page(lab_page, tmp_path_factory):
     from conftest import run_all_cells
 
     cells = [EXPLORERS, 'bits_explorer(0.1, "FP16")', "grid_explorer(weight)"]
-    cells.append("clip_explorer(activation, bits=4)")
+    cells.append("explorer(choices, draw, start=(4, 100))")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     path = tmp_path_factory.mktemp("source") / "explorers.ipynb"
     nbformat.write(notebook, path)
@@ -56,7 +66,7 @@ def grid(page):
 
 
 @pytest.fixture
-def clip(page):
+def own(page):
     return Explorer(page, 3)
 
 
@@ -142,20 +152,20 @@ def test_grid_explorer_changes_with_a_typed_row(grid):
     assert_both_changed(grid, before)
 
 
-def test_clip_explorer_changes_with_each_dropdown(clip):
-    assert_loaded_and_described(clip)
+def test_an_explorer_of_a_notebook_changes_with_each_dropdown(own):
+    assert_loaded_and_described(own)
     for label, choice, words in [
         ("Range kept", "25 %", "4 bits, range cut to 25 %"),
         ("Bits", "8", "8 bits, range cut to 25 %"),
     ]:
-        before = clip.state()
-        clip.area.get_by_label(label, exact=True).select_option(choice)
-        clip.wait_for_sentence(words)
-        assert_both_changed(clip, before)
+        before = own.state()
+        own.area.get_by_label(label, exact=True).select_option(choice)
+        own.wait_for_sentence(words)
+        assert_both_changed(own, before)
 
 
-def test_nothing_is_cut_off(bits, grid, clip):
-    for explorer in (bits, grid, clip):
+def test_nothing_is_cut_off(bits, grid, own):
+    for explorer in (bits, grid, own):
         output = explorer.area.locator(".jp-OutputArea-output").last
         assert output.evaluate("element => element.scrollWidth <= element.clientWidth + 1")
 

@@ -3,12 +3,12 @@
 import json
 
 import numpy as np
-import pretrain
 import pytest
 import torch
 
 import labkit as lk
 from labkit import data, models
+from workshop import pretrain
 
 
 def test_splits_share_no_paragraph():

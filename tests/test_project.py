@@ -20,8 +20,8 @@ LABKIT = ROOT / "labkit"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
 REQUIRED = {r.name: r for r in map(Requirement, PROJECT["dependencies"])}
 TESTING = list(map(Requirement, PROJECT["optional-dependencies"]["test"]))
-SOURCES = sorted(LABKIT.rglob("*.py"))
-SMALL = [path for path in SOURCES if "checks" not in path.relative_to(LABKIT).parts]
+SOURCES = sorted([*LABKIT.rglob("*.py"), *(ROOT / "workshop").glob("*.py")])
+SMALL = [path for path in SOURCES if not {"checks", "workshop"} & set(path.parts)]
 MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 3000, 350, 40
 
 # DESIGN section 2: a module imports from its own level or a lower one.
@@ -30,8 +30,10 @@ LEVELS = (
     {"quant", "kernels"},
     {"plotting", "measure", "ledger", "machine"},
     {"ptq"},
-    {"classroom", "formats", "grids", "clipping", "checks", "notebooks", "doctor"},
+    {"qat"},
+    {"formats", "grids", "checks", "doctor"},
     {"widgets"},
+    {"workshop"},
     {"__main__"},
 )
 
@@ -41,7 +43,8 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def module_of(path: Path) -> str:
-    return path.relative_to(LABKIT).parts[0].removesuffix(".py")
+    package, *inside = path.relative_to(ROOT).parts
+    return package if package == "workshop" else inside[0].removesuffix(".py")
 
 
 # Versions
@@ -99,6 +102,8 @@ def imported_modules(tree: ast.AST) -> set[str]:
                 found |= {labkit._HOME.get(alias.name, alias.name) for alias in node.names}
             elif parts[0] == "labkit":
                 found.add(parts[1])
+            elif parts[0] == "workshop":
+                found.add("workshop")
     return found
 
 
@@ -133,10 +138,16 @@ def test_arrows_run_one_way():
     assert "quant" not in found["checks"], "a check must not trust what it checks"
 
 
+def test_no_notebook_needs_the_workshop():
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        assert "workshop" not in path.read_text(encoding="utf8"), path.name
+
+
 @pytest.mark.parametrize(
     ("code", "problem"),
     [
         ("from labkit import kernels", "a circle"),
+        ("from workshop import notebooks", "quant must not import workshop"),
         ("def f():\n    from labkit.measure import latency", "quant must not import measure"),
         ("import labkit.plotting", "quant must not import plotting"),
         ("from labkit import perplexity", "quant must not import measure"),

@@ -10,8 +10,9 @@ import threading
 import ipywidgets
 import pytest
 import torch
+import traitlets
 
-from labkit import widgets
+from labkit import plotting, widgets
 from labkit.plotting import png
 from labkit.widgets import (
     FORMATS,
@@ -437,3 +438,23 @@ def test_picture_of_the_explorer_is_the_still_figure():
     data = base64.b64decode(re.search(r"base64,([^\"]+)", picture)[1])
     assert data == png(bits_figure(0.1, "FP16"))
     assert bits_sentence(0.1, "FP16") in sentence
+
+
+def test_an_explorer_of_a_notebook_draws_what_is_chosen():
+    drawn = []
+
+    def draw(bits, method):
+        drawn.append((bits, method))
+        return plotting.subplots()[0], f"{bits} bits <{method}>", f"{method} at {bits} bits."
+
+    choices = {"Bits": (2, 3, 4), "Method": {"QAT": "qat", "PTQ": "ptq"}}
+    box = widgets.explorer(choices, draw, start=(3,))
+    row, picture, sentence = box.children
+    assert [control.description for control in row.children] == ["Bits", "Method"]
+    assert drawn == [(3, "qat")]
+    row.children[1].value = "ptq"
+    assert drawn[1:] == [(3, "ptq")]
+    assert "ptq at 3 bits." in sentence.value
+    assert 'alt="3 bits &lt;ptq&gt;"' in picture.value
+    with pytest.raises(traitlets.TraitError, match="not found"):
+        widgets.explorer(choices, draw, start=(5,))

@@ -1,0 +1,248 @@
+"""Quantization-aware training: layers that feel their own rounding, and a loop that survives."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from labkit.kernels import PackedLinear
+from labkit.ptq import LINEARS
+from labkit.quant import check_input, group_qparams, integer_range, to_fp16, to_groups
+
+
+class StepSizeError(ValueError):
+    """A learned step size is no longer positive."""
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says at which step, why, and what was kept."""
+
+
+class FakeQuantize(torch.autograd.Function):
+    """Round in the forward pass; in the backward pass, act as if only clipping had happened."""
+
+    @staticmethod
+    def forward(ctx, weight, scale, zero_point, qmin, qmax):
+        """Return `(clip(round(weight / scale) + zero_point) - zero_point) · scale`."""
+        ctx.save_for_backward(weight, scale, zero_point)
+        ctx.ends = qmin, qmax
+        codes = (weight / scale).round_().add_(zero_point).clamp_(qmin, qmax)
+        return codes.sub_(zero_point).mul_(scale)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Return the straight-through gradient of the weight, and LSQ's of the scale."""
+        weight, scale, zero_point = ctx.saved_tensors
+        position = weight / scale
+        level = position.round()
+        clipped = level.clamp(*(end - zero_point for end in ctx.ends))
+        inside = level == clipped
+        of_scale = torch.where(inside, level - position, clipped) * gradient
+        return gradient * inside, of_scale.sum_to_size(scale.shape), None, None, None
+
+
+class QATLinear(nn.Linear):
+    """A linear layer that computes with rounded weights and learns the unrounded ones.
+
+    Its parameters: `weight` `(out, in)`, kept in float32 and never rounded itself, and `scale`
+    `(out, n_groups, 1)`, the step sizes. The buffer `zero_point` stays as it was chosen.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        bits: int,
+        group_size: int,
+        symmetric: bool = False,
+        grid: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):
+        """Wrap a float layer; its parameters are taken over, not copied.
+
+        Args:
+            linear: the layer; its weight is `(out, in)`.
+            bits: width of a code, 2 to 8.
+            group_size: inputs that share a scale, see `quant.to_groups`.
+            symmetric: signed grid around 0.
+            grid: scale and zero point to begin with. None: min-max, see `quant.group_qparams`.
+
+        Raises:
+            TypeError, ValueError: see `quant.group_qparams`.
+        """
+        nn.Module.__init__(self)
+        weight = linear.weight.detach()
+        check_input(weight, bits)
+        scale, zero_point = grid or group_qparams(weight, group_size, bits, symmetric)
+        self.out_features, self.in_features = weight.shape
+        self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scale = nn.Parameter(scale.clone())
+        self.register_buffer("zero_point", zero_point.clone())
+
+    def rounded(self) -> torch.Tensor:
+        """Return the weight that the layer computes with, `(out, in)`, on the grid."""
+        smallest = float(self.scale.detach().min())
+        if not smallest > 0:
+            raise StepSizeError(f"a step size became {smallest:.3g}; it must stay above 0")
+        scale = self.scale + (to_fp16(self.scale.detach()) - self.scale.detach())
+        ends = integer_range(self.bits, self.symmetric)
+        groups = to_groups(self.weight, self.group_size)
+        groups = FakeQuantize.apply(groups, scale, self.zero_point, *ends)
+        return groups.flatten(1)[:, : self.in_features]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.rounded(), self.bias)
+
+
+def prepare(
+    model: nn.Module,
+    bits: int,
+    group_size: int = 0,
+    symmetric: bool = False,
+    grids: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] | None = None,
+) -> list[QATLinear]:
+    """Make every linear layer of a Llama-type model's blocks a `QATLinear`, in place.
+
+    Args:
+        model: a causal LM of transformers.
+        bits, symmetric: the grid.
+        group_size: inputs a group; 0 for one group a row (per channel).
+        grids: for each block, what `ptq.quantize_block` returned. None: min-max grids.
+
+    Returns:
+        The new layers, in the order of the model.
+    """
+    layers = []
+    for number, block in enumerate(model.model.layers):
+        for name in sum(LINEARS.values(), ()):
+            linear = block.get_submodule(name)
+            grid = grids[number][name] if grids else None
+            size = group_size or linear.in_features
+            layers.append(QATLinear(linear, bits, size, symmetric, grid))
+            block.set_submodule(name, layers[-1])
+    return layers
+
+
+@torch.no_grad()
+def convert(model: nn.Module) -> None:
+    """Make every `QATLinear` of a model a `PackedLinear` with the same rounded weights, in place.
+
+    Raises:
+        ValueError: if a layer has neither 4 nor 8 bits, see `PackedLinear`.
+        StepSizeError: if a step size is not positive.
+    """
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QATLinear):
+            layer.rounded()  # refuses a bad step size
+            grid = to_fp16(layer.scale), layer.zero_point
+            packed = PackedLinear(layer, layer.bits, layer.group_size, layer.symmetric, grid)
+            model.set_submodule(name, packed)
+
+
+def train(
+    loss_of: Callable[[int], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    n_steps: int,
+    checkpoint: str | Path | None = None,
+    every: int = 50,
+) -> list[float]:
+    """Minimize a loss with learning rates that fall to 0 in a straight line.
+
+    A run that was interrupted goes on from its checkpoint, with the result it would have had.
+
+    Args:
+        loss_of: called with the step, 0 to `n_steps` - 1; returns the loss. Its data may depend on
+            the step alone.
+        optimizer: its learning rates are those of step 0. Its parameters and its own state are what
+            a checkpoint holds.
+        n_steps: steps of the whole run.
+        checkpoint: a safetensors file, continued if it is there. None: keep nothing.
+        every: steps between two checkpoints.
+
+    Returns:
+        The loss of each step, before that step was made.
+
+    Raises:
+        TrainingStopped: if a loss is NaN or infinite, or a step size no longer positive. The
+            parameters are then those of the last checkpoint, if there is one.
+        ValueError: if `n_steps` or `every` is below 1, or the checkpoint belongs to another run.
+    """
+    from tqdm.auto import tqdm
+
+    if n_steps < 1 or every < 1:
+        raise ValueError(f"n_steps and every must be at least 1, not {n_steps} and {every}")
+    checkpoint = checkpoint and Path(checkpoint)
+    losses = _load(optimizer, checkpoint, n_steps) if checkpoint and checkpoint.exists() else []
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    for step in tqdm(range(len(losses), n_steps), desc="training", leave=False):
+        try:
+            loss = loss_of(step)
+            problem = "" if torch.isfinite(loss) else f"the loss is {loss.item()}"
+        except StepSizeError as error:
+            problem = str(error)
+        if problem:
+            raise TrainingStopped(_stop(optimizer, checkpoint, n_steps, step, problem))
+        if checkpoint and step % every == 0:  # the state before this step has proved good
+            _save(optimizer, checkpoint, n_steps, losses)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * (1 - step / n_steps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    if not all(p.isfinite().all() for _, p in _parts(optimizer)):
+        problem = "a parameter is NaN or infinite"
+        raise TrainingStopped(_stop(optimizer, checkpoint, n_steps, n_steps, problem))
+    if checkpoint:
+        _save(optimizer, checkpoint, n_steps, losses)
+    return losses
+
+
+def _stop(optimizer, checkpoint: Path | None, n_steps: int, step: int, problem: str) -> str:
+    kept = "No checkpoint was asked for, so the last parameters stand"
+    if checkpoint:
+        good = len(_load(optimizer, checkpoint, n_steps)) if checkpoint.exists() else 0
+        kept = f"The parameters of step {good} are back, from {checkpoint.name}"
+    return f"step {step}: {problem}. {kept}. Try a lower learning rate."
+
+
+def _parts(optimizer: torch.optim.Optimizer):
+    return enumerate(p for group in optimizer.param_groups for p in group["params"])
+
+
+def _save(optimizer, checkpoint: Path, n_steps: int, losses: list[float]) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {f"{i}.parameter": p.detach().contiguous() for i, p in _parts(optimizer)}
+    for i, parameter in _parts(optimizer):
+        tensors |= {f"{i}.{key}": value for key, value in optimizer.state[parameter].items()}
+    partial = checkpoint.with_name(f"{checkpoint.name}.{os.getpid()}.partial")
+    save_file(tensors, partial, {"n_steps": str(n_steps), "losses": json.dumps(losses)})
+    partial.replace(checkpoint)
+
+
+@torch.no_grad()
+def _load(optimizer, checkpoint: Path, n_steps: int) -> list[float]:
+    """Put parameters and optimizer state back; return the losses up to then."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    with safe_open(checkpoint, "pt") as file:
+        note = file.metadata() or {}
+    tensors = load_file(checkpoint)
+    shapes = {name: t.shape for name, t in tensors.items() if name.endswith(".parameter")}
+    if note.get("n_steps") != str(n_steps) or shapes != {
+        f"{i}.parameter": p.shape for i, p in _parts(optimizer)
+    }:
+        raise ValueError(
+            f"checkpoint: {checkpoint} belongs to another run (other steps or shapes); give "
+            "another name, or move that file away to begin anew"
+        )
+    for i, parameter in _parts(optimizer):
+        parameter.copy_(tensors.pop(f"{i}.parameter"))
+        keys = [key for key in tensors if key.startswith(f"{i}.")]
+        optimizer.state[parameter] = {key.split(".", 1)[1]: tensors[key] for key in keys}
+    return json.loads(note["losses"])
