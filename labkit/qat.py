@@ -125,6 +125,27 @@ def prepare(
     return layers
 
 
+def parameter_groups(model: nn.Module, lr: float, scale_rate: float = 1e-3) -> list[dict]:
+    """Return what an optimizer is to train, in two groups: the step sizes, and all else.
+
+    A step size learns slowly: Adam moves each number by about the learning rate, and 1e-4 is little
+    for a weight but more than some 8-bit steps.
+
+    Args:
+        model: what requires no gradient is left out.
+        lr: the learning rate of all but the step sizes.
+        scale_rate: that of the step sizes, as a share of their mean.
+    """
+    learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    names = [f"{n}.scale" for n, m in model.named_modules() if isinstance(m, QATLinear)]
+    scales = [learned.pop(name) for name in names if name in learned]
+    groups = [{"params": list(learned.values()), "lr": lr}]
+    if scales:
+        mean = float(torch.cat([scale.detach().flatten() for scale in scales]).mean())
+        groups.append({"params": scales, "lr": scale_rate * mean})
+    return groups
+
+
 @torch.no_grad()
 def convert(model: nn.Module) -> None:
     """Make every `QATLinear` of a model a `PackedLinear` with the same rounded weights, in place.
@@ -177,7 +198,7 @@ def train(
     losses = _load(optimizer, checkpoint, n_steps) if checkpoint and checkpoint.exists() else []
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    for step in tqdm(range(len(losses), n_steps), desc="training", leave=False):
+    for step in tqdm(range(len(losses), n_steps), desc="training", delay=3, leave=False):
         try:
             loss = loss_of(step)
             problem = "" if torch.isfinite(loss) else f"the loss is {loss.item()}"

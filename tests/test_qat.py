@@ -270,3 +270,18 @@ def test_counts_below_one_are_refused(counts):
     _, loss_of, optimizer = problem()
     with pytest.raises(ValueError, match="at least 1"):
         qat.train(loss_of, optimizer, **counts)
+
+
+def test_step_sizes_learn_at_a_rate_of_their_own(tiny):
+    model = copy.deepcopy(tiny[0])
+    plain = qat.parameter_groups(model, 1e-3)
+    assert [len(group["params"]) for group in plain] == [len(list(model.parameters()))]
+    layers = qat.prepare(model, 4, 64)
+    model.model.embed_tokens.requires_grad_(False)
+    others, scales = qat.parameter_groups(model, 1e-3, scale_rate=0.01)
+    assert others["lr"] == 1e-3
+    assert {id(p) for p in scales["params"]} == {id(layer.scale) for layer in layers}
+    mean = torch.cat([layer.scale.detach().flatten() for layer in layers]).mean().item()
+    assert scales["lr"] == pytest.approx(0.01 * mean)
+    everything = {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for p in others["params"] + scales["params"]} == everything
