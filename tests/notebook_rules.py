@@ -70,6 +70,8 @@ def headings(notebook) -> list[tuple[int, str]]:
     return [(len(signs), title) for signs, title in found]
 
 
+DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
+
 # The rules
 
 
@@ -215,10 +217,10 @@ def taught_code_is_library_code(notebook) -> Iterator[str]:
         if following is not None and calls(following, "check"):
             continue  # an exercise stub
         for node in syntax_tree(cell).body:
-            if not isinstance(node, ast.FunctionDef) or node.name not in library_functions():
+            if not isinstance(node, DEFINITIONS) or node.name not in library_definitions():
                 continue
-            if without_docstring(node) not in library_functions()[node.name]:
-                yield f"function {node.name} differs from the one in labkit"
+            if without_docstring(node) not in library_definitions()[node.name]:
+                yield f"{node.name} differs from the one in labkit"
 
 
 RULES: tuple[Callable, ...] = (
@@ -267,7 +269,7 @@ def unpinned_imports(tree: ast.AST) -> list[str]:
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.add(node.module.partition(".")[0])
-    names -= {*sys.stdlib_module_names, "labkit"}
+    names -= {*sys.stdlib_module_names, "labkit", "workshop"}
     return sorted(name for name in names if not _distributions(name) & pinned_distributions())
 
 
@@ -276,19 +278,19 @@ def _distributions(name: str) -> set[str]:
 
 
 @functools.cache
-def library_functions() -> dict[str, set[str]]:
-    """Return the syntax of labkit's top-level functions by name; checks are independent of it."""
+def library_definitions() -> dict[str, set[str]]:
+    """Return the syntax of labkit's functions and classes by name; checks are independent of it."""
     found: dict[str, set[str]] = {}
     for path in LABKIT.glob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf8")).body:
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, DEFINITIONS):
                 found.setdefault(node.name, set()).add(without_docstring(node))
     return found
 
 
-def without_docstring(node: ast.FunctionDef) -> str:
+def without_docstring(node: ast.FunctionDef | ast.ClassDef) -> str:
     tree = ast.parse(ast.unparse(node))
     for inner in ast.walk(tree):
-        if isinstance(inner, ast.FunctionDef) and ast.get_docstring(inner, clean=False) is not None:
+        if isinstance(inner, DEFINITIONS) and ast.get_docstring(inner, clean=False) is not None:
             inner.body = inner.body[1:] or [ast.Pass()]
     return ast.dump(tree)

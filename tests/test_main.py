@@ -191,6 +191,13 @@ def test_a_cell_that_writes_to_stderr_is_reported(tmp_path, capsys):
     assert "these code cells wrote to it: 2" in capsys.readouterr().out
 
 
+def test_an_emptied_cell_loses_its_old_output(tmp_path):
+    emptied = code("")
+    emptied.outputs = [v4.new_output("stream", text="of the past")]
+    notebooks.refresh(store(tmp_path / "01.ipynb", code("1"), emptied))
+    assert notebooks.read(tmp_path / "01.ipynb").cells[1].outputs == []
+
+
 def test_what_is_not_there_is_said(tmp_path, capsys):
     assert command_line.main(["refresh", "--folder", str(tmp_path)]) == 1
     assert "no notebook in" in capsys.readouterr().err

@@ -107,6 +107,9 @@ def execute(notebook, folder: Path) -> int:
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
     from nbformat.v4 import new_code_cell
 
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None  # nbclient skips an empty cell
     started = []
     client = NotebookClient(
         notebook,
