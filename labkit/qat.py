@@ -168,6 +168,7 @@ def train(
     n_steps: int,
     checkpoint: str | Path | None = None,
     every: int = 50,
+    progress: bool = False,
 ) -> list[float]:
     """Minimize a loss with learning rates that fall to 0 in a straight line.
 
@@ -181,6 +182,7 @@ def train(
         n_steps: steps of the whole run.
         checkpoint: a safetensors file, continued if it is there. None: keep nothing.
         every: steps between two checkpoints.
+        progress: show a bar.
 
     Returns:
         The loss of each step, before that step was made.
@@ -198,7 +200,9 @@ def train(
     losses = _load(optimizer, checkpoint, n_steps) if checkpoint and checkpoint.exists() else []
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    for step in tqdm(range(len(losses), n_steps), desc="training", delay=3, leave=False):
+    optimizer.zero_grad()
+    steps = range(len(losses), n_steps)
+    for step in tqdm(steps, desc="training", disable=not progress):
         try:
             loss = loss_of(step)
             problem = "" if torch.isfinite(loss) else f"the loss is {loss.item()}"
@@ -210,9 +214,9 @@ def train(
             _save(optimizer, checkpoint, n_steps, losses)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * (1 - step / n_steps)
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()  # now, so that gradients do not lie beside the next forward pass
         losses.append(loss.item())
     if not all(p.isfinite().all() for _, p in _parts(optimizer)):
         problem = "a parameter is NaN or infinite"
