@@ -22,7 +22,11 @@ class TrainingStopped(RuntimeError):
 
 
 class FakeQuantize(torch.autograd.Function):
-    """Round in the forward pass; in the backward pass, act as if only clipping had happened."""
+    """Round in the forward pass; in the backward pass, act as if only clipping had happened.
+
+    Sources: Bengio et al., arXiv 1308.3432 (straight-through estimator); Esser et al., "Learned
+    Step Size Quantization", arXiv 1902.08153 (the gradient of the scale).
+    """
 
     @staticmethod
     def forward(ctx, weight, scale, zero_point, qmin, qmax):
@@ -86,6 +90,7 @@ class QATLinear(nn.Linear):
         smallest = float(self.scale.detach().min())
         if not smallest > 0:
             raise StepSizeError(f"a step size became {smallest:.3g}; it must stay above 0")
+        # As it will be stored, in FP16; its gradient passes to the float32 scale unchanged.
         scale = self.scale + (to_fp16(self.scale.detach()) - self.scale.detach())
         ends = integer_range(self.bits, self.symmetric)
         groups = to_groups(self.weight, self.group_size)
