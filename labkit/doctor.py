@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib.metadata
+import os
 import platform
+import shutil
 import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -71,6 +73,22 @@ def check_memory() -> Iterable[Finding]:
     return [Finding(status, text, remedy)]
 
 
+def check_disk() -> Iterable[Finding]:
+    """See whether the cache can take SmolLM2, if it does not hold it yet."""
+    from labkit import models
+
+    cache = models.cache_folder()
+    existing = next(p for p in (cache.absolute(), *cache.absolute().parents) if p.exists())
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
+    free = shutil.disk_usage(existing).free
+    text = f"disk: {free / 1e9:.1f} GB free at the cache, {cache}"
+    if models.smollm2_folder().exists() or (writable and free >= models.DISK_NEEDED):
+        return [Finding("ok", text)]
+    space = f"{models.DISK_NEEDED / 1e9:.1f} GB free"
+    remedy = f"set LABKIT_CACHE to a folder of yours on a disk with {space}"
+    return [Finding("failed", text + ("" if writable else ": not writable"), remedy)]
+
+
 def check_hardware() -> Iterable[Finding]:
     """Name the processor, what it offers for low precision, and torch's INT8 kernels for it."""
     from labkit import machine
@@ -131,6 +149,7 @@ def check_quantize_and_run() -> Iterable[Finding]:
 CHECKS = (
     check_packages,
     check_memory,
+    check_disk,
     check_hardware,
     check_smollm2,
     check_quantize_and_run,

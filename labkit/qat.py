@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -214,7 +215,7 @@ def train(
         except StepSizeError as error:
             problem = str(error)
         if problem:
-            raise TrainingStopped(_stop(optimizer, checkpoint, n_steps, step, problem))
+            _stop(optimizer, checkpoint, n_steps, step, problem)
         if checkpoint and step % every == 0:  # the state before this step has proved good
             _save(optimizer, checkpoint, n_steps, losses)
         for group in optimizer.param_groups:
@@ -224,19 +225,19 @@ def train(
         optimizer.zero_grad()  # now, so that gradients do not lie beside the next forward pass
         losses.append(loss.item())
     if not all(p.isfinite().all() for _, p in _parts(optimizer)):
-        problem = "a parameter is NaN or infinite"
-        raise TrainingStopped(_stop(optimizer, checkpoint, n_steps, n_steps, problem))
+        _stop(optimizer, checkpoint, n_steps, n_steps, "a parameter is NaN or infinite")
     if checkpoint:
         _save(optimizer, checkpoint, n_steps, losses)
     return losses
 
 
-def _stop(optimizer, checkpoint: Path | None, n_steps: int, step: int, problem: str) -> str:
+def _stop(optimizer, checkpoint: Path | None, n_steps: int, step: int, problem: str) -> NoReturn:
+    """Go back to the last checkpoint, if there is one, and raise `TrainingStopped`."""
     kept = "No checkpoint was asked for, so the last parameters stand"
     if checkpoint:
         good = len(_load(optimizer, checkpoint, n_steps)) if checkpoint.exists() else 0
         kept = f"The parameters of step {good} are back, from {checkpoint.name}"
-    return f"step {step}: {problem}. {kept}. Try a lower learning rate."
+    raise TrainingStopped(f"step {step}: {problem}. {kept}. Try a lower learning rate.")
 
 
 def _parts(optimizer: torch.optim.Optimizer):

@@ -261,6 +261,7 @@ def test_doctor_finds_this_machine_ready():
     for word in (
         "torch 2.13.0",
         "memory:",
+        "disk:",
         "instruction sets:",
         "INT8 engine:",
         "SmolLM2",
@@ -294,6 +295,18 @@ def test_doctor_looks_at_free_memory(monkeypatch, available, status):
     assert found == status
     assert f"{available / 1e9:.1f} GB free of 8.0 GB" in text
     assert bool(remedy) == (status != "ok")
+
+
+def test_doctor_looks_at_the_disk_of_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "not" / "yet"))
+    assert findings(doctor.check_disk)[0][0] == "ok"
+    usage = types.SimpleNamespace(free=5e8)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    ((status, text, remedy),) = findings(doctor.check_disk)
+    assert (status, "0.5 GB free" in text, "LABKIT_CACHE" in remedy) == ("failed", True, True)
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    ((status, text, remedy),) = findings(doctor.check_disk)
+    assert (status, "not writable" in text, "LABKIT_CACHE" in remedy) == ("failed", True, True)
 
 
 def test_doctor_warns_of_a_missing_model_and_fails_on_a_damaged_one(monkeypatch, tmp_path):

@@ -101,6 +101,13 @@ def test_a_step_size_that_is_not_positive_is_refused(value):
         layer(weights(2, 32))
 
 
+def test_parameters_are_taken_over_not_copied():
+    linear = nn.Linear(32, 6)
+    layer = qat.QATLinear(linear, 4, 32)
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+
+
 # The whole model
 
 
