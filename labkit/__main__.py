@@ -21,13 +21,15 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         if chosen.command == "doctor":
-            from labkit import doctor
+            from workshop import doctor
 
             return doctor.examine()
         if chosen.command == "fetch":
             return _fetch()
         if chosen.command == "refresh":
-            return _refresh(chosen.folder, chosen.chapters)
+            from workshop import notebooks
+
+            return notebooks.refresh_folder(chosen.folder, chosen.chapters)
     except (RuntimeError, OSError) as error:
         # torch and others raise RuntimeError as well: a bug, whose traceback we want.
         if not isinstance(error, OSError) and not type(error).__module__.startswith("labkit."):
@@ -45,28 +47,6 @@ def _fetch() -> int:
     nbytes = sum(path.stat().st_size for path in folder.iterdir())
     print(f"SmolLM2 is ready: {folder} ({nbytes / 1e6:.0f} MB)")
     return 0
-
-
-def _refresh(folder: Path, chapters: list[str]) -> int:
-    from workshop import notebooks
-
-    every, status = sorted(folder.glob("*.ipynb")), 0
-    if not every:
-        raise FileNotFoundError(f"no notebook in {folder.resolve()}; --folder says where they are")
-    for chapter in chapters:
-        if not any(path.name.startswith(chapter) for path in every):
-            names = ", ".join(path.name for path in every)
-            raise FileNotFoundError(f"no notebook starts with {chapter!r}; there are {names}")
-    for path in every:
-        if not path.name.startswith(tuple(chapters) or ""):
-            continue
-        print(f"{path} …", flush=True)
-        try:
-            print(notebooks.refresh(path))
-        except notebooks.NotebookError as error:
-            print(f"{path}, {error}\n{path} was left as it was.", file=sys.stderr)
-            status = 1
-    return status
 
 
 if __name__ == "__main__":

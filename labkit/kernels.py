@@ -9,7 +9,7 @@ from labkit import quant
 class PackedLinear(nn.Module):
     """A linear layer that keeps its weight as codes, scales and zero points.
 
-    The buffers are what a saved file holds: `codes` (uint8; at 4 bits two codes a byte), `scale`
+    The buffers are what a saved file holds: `codes` (uint8, packed without gaps), `scale`
     (float16) and, when asymmetric, `zero_point` (uint8). `forward` dequantizes first, so it saves
     bytes, not time.
     """
@@ -26,7 +26,7 @@ class PackedLinear(nn.Module):
 
         Args:
             linear: the layer; its weight is `(out, in)`.
-            bits: 4 or 8.
+            bits: 2 to 8.
             group_size: inputs that share a scale, 1 to `in`; `in` itself: per channel. If it does
                 not divide `in`, the last group is shorter.
             symmetric: signed grid around 0 (no zero points stored).
@@ -34,19 +34,17 @@ class PackedLinear(nn.Module):
                 weight that lies on this grid already keeps its values.
 
         Raises:
-            ValueError: if `bits` is neither 4 nor 8, `group_size` is out of range, or 4-bit codes
-                of an odd number of inputs cannot fill whole bytes.
+            TypeError, ValueError: if `bits` or `group_size` is out of range.
         """
         super().__init__()
-        if bits not in (4, 8):
-            raise ValueError(f"bits must be 4 or 8 to fill whole bytes, not {bits}")
         weight = linear.weight.detach().float()
-        self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
+        self.bits, self.inputs = bits, weight.shape[1]
+        self.group_size, self.symmetric = group_size, symmetric
         grid = grid or quant.group_qparams(weight, group_size, bits, symmetric)
         codes = quant.quantize_groups(weight, *grid, group_size, bits, symmetric)
         if symmetric:
             codes = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
-        self.register_buffer("codes", quant.pack_int4(codes) if bits == 4 else codes)
+        self.register_buffer("codes", quant.pack_bits(codes, bits))
         self.register_buffer("scale", grid[0].half())
         if not symmetric:
             self.register_buffer("zero_point", grid[1].to(torch.uint8))
@@ -54,7 +52,7 @@ class PackedLinear(nn.Module):
 
     def dequantized(self) -> torch.Tensor:
         """Return the weight `(out, in)` in float32."""
-        codes = quant.unpack_int4(self.codes) if self.bits == 4 else self.codes
+        codes = quant.unpack_bits(self.codes, self.bits, self.inputs)
         zero_point = 2 ** (self.bits - 1) if self.symmetric else self.zero_point.float()
         return quant.dequantize_groups(codes, self.scale.float(), zero_point, self.group_size)
 

@@ -157,7 +157,6 @@ def convert(model: nn.Module) -> None:
     """Make every `QATLinear` of a model a `PackedLinear` with the same rounded weights, in place.
 
     Raises:
-        ValueError: if a layer has neither 4 nor 8 bits, see `PackedLinear`.
         StepSizeError: if a step size is not positive.
     """
     for name, layer in list(model.named_modules()):

@@ -1,5 +1,6 @@
 """The reference quantizers: one function for each numeric step, as chapter 1 writes them out."""
 
+import numpy as np
 import torch
 
 
@@ -321,3 +322,29 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed must be uint8, not {packed.dtype}")
     return torch.stack([packed & 0x0F, packed >> 4], dim=-1).flatten(-2)
+
+
+def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack codes of any width without gaps; each row begins with a new byte.
+
+    Args:
+        codes: uint8 `(..., n)`, 0 to 2**bits − 1.
+        bits: 1 to 8.
+
+    Returns:
+        uint8 `(..., ceil(n · bits / 8))`; the lowest bit of the first code is bit 0 of byte 0.
+    """
+    if bits == 8:
+        return codes
+    digits = (codes.numpy()[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
+    flat = digits.reshape(*codes.shape[:-1], -1)
+    return torch.from_numpy(np.packbits(flat, axis=-1, bitorder="little"))
+
+
+def unpack_bits(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
+    """Return the codes `(..., n)` that `pack_bits` packed, uint8."""
+    if bits in (4, 8):  # the common widths, quicker
+        return packed if bits == 8 else unpack_int4(packed)[..., :n]
+    flat = np.unpackbits(packed.numpy(), axis=-1, count=n * bits, bitorder="little")
+    digits = flat.reshape(*packed.shape[:-1], n, bits)
+    return torch.from_numpy(np.packbits(digits, axis=-1, bitorder="little")[..., 0])

@@ -11,8 +11,8 @@ import pytest
 from nbformat import v4
 
 from labkit import __main__ as command_line
-from labkit import doctor, models
-from workshop import notebooks
+from labkit import models
+from workshop import doctor, notebooks
 
 
 def labkit(*arguments: str, **options) -> subprocess.CompletedProcess:

@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -189,3 +190,32 @@ def write(notebook, path: Path) -> bool:
     partial.write_text(stored, encoding="utf8", newline="\n")
     partial.replace(path)
     return True
+
+
+def refresh_folder(folder: Path, chapters: list[str]) -> int:
+    """Refresh the notebooks whose names start as `chapters` say; return the exit status.
+
+    Args:
+        folder: where they are.
+        chapters: starts of file names; none: every notebook.
+
+    Raises:
+        FileNotFoundError: if the folder holds no notebook, or a start fits none.
+    """
+    every, status = sorted(folder.glob("*.ipynb")), 0
+    if not every:
+        raise FileNotFoundError(f"no notebook in {folder.resolve()}; --folder says where they are")
+    for chapter in chapters:
+        if not any(path.name.startswith(chapter) for path in every):
+            names = ", ".join(path.name for path in every)
+            raise FileNotFoundError(f"no notebook starts with {chapter!r}; there are {names}")
+    for path in every:
+        if not path.name.startswith(tuple(chapters) or ""):
+            continue
+        print(f"{path} …", flush=True)
+        try:
+            print(refresh(path))
+        except NotebookError as error:
+            print(f"{path}, {error}\n{path} was left as it was.", file=sys.stderr)
+            status = 1
+    return status

@@ -1,0 +1,181 @@
+"""Mixed-precision quantization: what each layer costs at each width, and a budget spent well."""
+
+import difflib
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from labkit.kernels import PackedLinear
+from labkit.measure import check_ids
+from labkit.ptq import LINEARS
+from labkit.quant import dequantize_groups, group_qparams, quantize_groups
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers in the blocks of a Llama-type model, in their order."""
+    kinds = [layer for layers in LINEARS.values() for layer in layers]
+    return [f"model.layers.{i}.{kind}" for i in range(len(model.model.layers)) for kind in kinds]
+
+
+def fisher(model: nn.Module, ids: torch.Tensor, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Estimate the diagonal of the Fisher information: how much each weight matters.
+
+    Each window gets random labels, drawn from the model's own prediction, and one backward pass.
+
+    Args:
+        model: a Llama-type causal LM; its float weights.
+        ids: int64 `(n_windows, length)`, calibration windows.
+        seed: of the labels.
+
+    Returns:
+        By layer, the mean squared gradient of a token's log-likelihood, shaped like its weight.
+        Rounding it by Δ costs about half the sum of Fisher · Δ², in nats of KL divergence a token.
+
+    Raises:
+        TypeError, ValueError: if `ids` is not as above.
+
+    Source: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning",
+    arXiv 1801.05787; for quantization Kim et al., "SqueezeLLM", arXiv 2306.07629.
+    """
+    check_ids(model, ids, 1)
+    names = layer_names(model)
+    weights = [model.get_submodule(name).weight for name in names]
+    squares = [torch.zeros_like(weight) for weight in weights]
+    generator = torch.Generator().manual_seed(seed)
+    for window in ids:
+        logits = model(window[None], use_cache=False).logits[0]
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
+        loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
+        for square, gradient in zip(squares, torch.autograd.grad(loss, weights), strict=True):
+            square += gradient.square()
+    return {name: square / ids.numel() for name, square in zip(names, squares, strict=True)}
+
+
+@torch.no_grad()
+def rounding_costs(
+    model: nn.Module,
+    information: dict[str, torch.Tensor],
+    widths: tuple[int, ...] = (3, 4, 8),
+    group_size: int = 64,
+) -> dict[str, dict[int, float]]:
+    """Predict what rounding each layer alone costs at each width, in nats a token.
+
+    Args:
+        model: with the float weights.
+        information: of `fisher`.
+        widths: bits, 2 to 8 each.
+        group_size: inputs that share a scale; rounding is to nearest, asymmetric.
+
+    Returns:
+        By layer and width, the predicted KL divergence from the float model.
+    """
+    costs = {}
+    for name, weights_matter in information.items():
+        weight, costs[name] = model.get_submodule(name).weight, {}
+        for bits in widths:
+            grid = group_qparams(weight, group_size, bits)
+            codes = quantize_groups(weight, *grid, group_size, bits)
+            error = dequantize_groups(codes, *grid, group_size) - weight
+            costs[name][bits] = float((weights_matter * error.square()).sum() / 2)
+    return costs
+
+
+def packed_nbytes(linear: nn.Linear, bits: int, group_size: int) -> int:
+    """Return the bytes that a layer takes as an asymmetric `PackedLinear`, without its bias."""
+    out, inputs = linear.weight.shape
+    return out * (math.ceil(inputs * bits / 8) + 3 * math.ceil(inputs / group_size))
+
+
+def allocate(
+    costs: dict[str, dict[int, float]], nbytes: dict[str, dict[int, int]], budget: int
+) -> dict[str, int]:
+    """Choose a width for each layer: the least sum of costs within a budget of bytes, exactly.
+
+    An integer program: one width a layer, the bytes together at most the budget.
+
+    Args:
+        costs: by layer and width; see `rounding_costs`.
+        nbytes: by layer and width; the same keys.
+        budget: bytes.
+
+    Returns:
+        Bits by layer.
+
+    Raises:
+        ValueError: if the keys differ, a cost is not finite, or no choice meets the budget; names
+            the smallest budget that one does.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    _check_budget(costs, nbytes, budget)
+    choices = [(name, bits) for name in costs for bits in costs[name]]
+    one_each = np.array([[name == layer for layer, _ in choices] for name in costs], dtype=float)
+    size = np.array([[nbytes[name][bits] for name, bits in choices]]) / budget
+    price = np.array([costs[name][bits] for name, bits in choices])
+    result = milp(
+        price / max(price.max(), np.finfo(float).tiny),
+        integrality=np.ones(len(choices)),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size, -np.inf, 1)],
+        options={"mip_rel_gap": 1e-6},
+    )
+    return {name: bits for (name, bits), x in zip(choices, result.x, strict=True) if x > 0.5}
+
+
+def allocate_greedily(
+    costs: dict[str, dict[int, float]], nbytes: dict[str, dict[int, int]], budget: int
+) -> dict[str, int]:
+    """Choose a width for each layer, step by step: most cost saved for each byte first.
+
+    Args, returns, errors: as of `allocate`.
+    """
+    _check_budget(costs, nbytes, budget)
+    chosen = {name: min(nbytes[name], key=nbytes[name].get) for name in costs}
+    left = budget - sum(nbytes[name][bits] for name, bits in chosen.items())
+    while True:
+        rates = {}
+        for name, now in chosen.items():
+            for bits, cost in costs[name].items():
+                price = nbytes[name][bits] - nbytes[name][now]
+                if 0 < price <= left and cost < costs[name][now]:
+                    rates[name, bits] = (costs[name][now] - cost) / price
+        if not rates:
+            return chosen
+        name, bits = max(rates, key=rates.get)
+        left -= nbytes[name][bits] - nbytes[name][chosen[name]]
+        chosen[name] = bits
+
+
+def _check_budget(costs: dict, nbytes: dict, budget: int) -> None:
+    if {name: set(row) for name, row in costs.items()} != {n: set(r) for n, r in nbytes.items()}:
+        raise ValueError("costs and nbytes must hold the same layers and widths")
+    if not all(math.isfinite(cost) for row in costs.values() for cost in row.values()):
+        raise ValueError("costs must be finite, not NaN or infinity")
+    smallest = sum(min(row.values()) for row in nbytes.values())
+    if budget < smallest:
+        raise ValueError(f"budget: no choice fits into {budget} bytes; the smallest is {smallest}")
+
+
+def pack_layers(model: nn.Module, widths: dict[str, int], group_size: int = 64) -> nn.Module:
+    """Replace linear layers by packed ones, in place, each of its own width, and return the model.
+
+    Args:
+        model: with float `nn.Linear` layers.
+        widths: bits (2 to 8) by layer name; layers that are not named stay as they are.
+        group_size: inputs that share a scale; rounding is to nearest, asymmetric.
+
+    Raises:
+        ValueError: if a name is no linear layer of the model (names the nearest), or a width is
+            out of range; the model is then unchanged.
+    """
+    known = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name in widths:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0) or ["no linear layer at all"]
+            raise ValueError(f"widths: the model has no linear layer {name!r}; nearest: {near[0]}")
+    packed = {name: PackedLinear(known[name], bits, group_size) for name, bits in widths.items()}
+    for name, layer in packed.items():
+        model.set_submodule(name, layer)
+    return model
