@@ -285,9 +285,14 @@ def _both_forms(function: types.FunctionType) -> tuple[Callable, Callable]:
     return function, namespace[function.__name__]
 
 
-def _instructions(function: types.FunctionType) -> list[tuple[str, str]]:
+def _instructions(function: types.FunctionType | types.CodeType) -> list[tuple]:
     # What runs: comments, docstrings, annotations, line numbers and the name do not count.
-    return [(step.opname, repr(step.argval)) for step in dis.get_instructions(function)]
+    return [
+        (step.opname, _instructions(step.argval))  # a lambda or a comprehension
+        if isinstance(step.argval, types.CodeType)
+        else (step.opname, repr(step.argval))
+        for step in dis.get_instructions(function)
+    ]
 
 
 def _returns_only_none(function: types.FunctionType) -> bool:
