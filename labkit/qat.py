@@ -157,14 +157,17 @@ def convert(model: nn.Module) -> None:
     """Make every `QATLinear` of a model a `PackedLinear` with the same rounded weights, in place.
 
     Raises:
-        StepSizeError: if a step size is not positive.
+        StepSizeError: if a step size is not positive; the model is then unchanged.
     """
-    for name, layer in list(model.named_modules()):
+    packed = {}
+    for name, layer in model.named_modules():
         if isinstance(layer, QATLinear):
             layer.rounded()  # refuses a bad step size
             grid = to_fp16(layer.scale), layer.zero_point
-            packed = PackedLinear(layer, layer.bits, layer.group_size, layer.symmetric, grid)
-            model.set_submodule(name, packed)
+            size = layer.group_size
+            packed[name] = PackedLinear(layer, layer.bits, size, layer.symmetric, grid)
+    for name, layer in packed.items():
+        model.set_submodule(name, layer)
 
 
 def train(

@@ -147,6 +147,14 @@ def test_converted_equals_simulated_and_loads_from_its_file(
     assert (blank(ids).logits - simulated).abs().max() <= 1e-3
 
 
+def test_a_bad_step_size_converts_no_layer(tiny):
+    model = copy.deepcopy(tiny[0])
+    qat.prepare(model, 4, 64)[-1].scale.data[0] = 0
+    with pytest.raises(qat.StepSizeError, match="must stay above 0"):
+        qat.convert(model)
+    assert not any(isinstance(m, PackedLinear) for m in model.modules())
+
+
 def test_grids_of_chapter_2_are_where_training_begins(tiny):
     from labkit.ptq import calibrate, quantize_block
 
