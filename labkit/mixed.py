@@ -119,7 +119,7 @@ def allocate(
         integrality=np.ones(len(choices)),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size, -np.inf, 1)],
-        options={"mip_rel_gap": 1e-6},
+        options={"mip_rel_gap": 1e-4},
     )
     return {name: bits for (name, bits), x in zip(choices, result.x, strict=True) if x > 0.5}
 
