@@ -83,9 +83,10 @@ _WRONG_LOSS_SCALE = (
 
 
 def _outlier_cases():
-    x = torch.tensor([[1.0, -20.0, 0.5], [0.25, 8.0, -1.0]])
-    yield x, torch.tensor([[1.0, 0.5, -1.0], [0.3, -0.2, 0.7]]), 6.0
-    yield x, torch.tensor([[1.0, 0.5, -1.0]]), math.inf
+    # No code lies half-way between two integers, where rounding may go either way.
+    x = torch.tensor([[1.0, -20.0, 0.6], [0.25, 8.0, -1.0]])
+    yield x, torch.tensor([[1.0, 0.6, -1.0], [0.3, -0.2, 0.7]]), 6.0
+    yield x, torch.tensor([[1.0, 0.6, -1.0]]), math.inf
     yield torch.tensor([[0.0, -20.0], [1.0, 2.0]]), torch.tensor([[1.0, 0.5]]), 6.0
     random = torch.Generator().manual_seed(42)
     for n, inputs, outputs in ((1, 8, 4), (5, 16, 3), (7, 64, 10), (12, 33, 5)):
