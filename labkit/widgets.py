@@ -5,6 +5,7 @@ The picture is an `HTML` widget with an `<img>`, since `ipywidgets.Image` carrie
 
 import base64
 import html
+import itertools
 import threading
 from collections.abc import Callable, Iterable
 
@@ -98,32 +99,28 @@ def _button_groups(buttons: list, number_format: str) -> list:
     """Label the first buttons by field, and return a labeled box for each field."""
     import ipywidgets as widgets
 
-    groups, first = [], 0
-    widths = formats.fields(number_format)
-    colors = formats.FIELD_COLORS if len(widths) == 3 else formats.FIELD_COLORS[::2]
-    for (name, width), color in zip(widths.items(), colors, strict=True):
-        group = buttons[first : first + width]
+    groups, unlabeled = [], iter(buttons)
+    for name, width in formats.fields(number_format).items():
+        group = list(itertools.islice(unlabeled, width))
         for place, button in enumerate(group):
             button.tooltip = f"{name} bit {width - 1 - place}"
-        line = f"border-bottom: 4px solid {color}"
+        line = f"border-bottom: 4px solid {formats.FIELD_COLORS[name]}"
         label = widgets.HTML(f'<div style="{line}">{name}</div>')
         groups.append(widgets.VBox([label, widgets.HBox(group)]))
-        first += width
     return groups
 
 
 def _wanted(change, buttons: list, state: dict) -> tuple[float | str, str]:
     """Return the number or pattern, and the format, that a change of a control asks for."""
     # Not the controls but the change counts: another event may have set the controls since.
+    bits, name = state["bits"], state["format"]
     if change.owner in buttons:
-        place, bit = buttons.index(change.owner), str(int(change.new))
-        bits = state["bits"]
-        return bits[:place] + bit + bits[place + 1 :] if place < len(bits) else bits, state[
-            "format"
-        ]
+        place = buttons.index(change.owner)
+        # Cut, since the button may be one that this format no longer has.
+        return (bits[:place] + str(int(change.new)) + bits[place + 1 :])[: len(bits)], name
     if change.new in formats.FORMATS:
         return state["value"], change.new
-    return formats.parse_number(change.new), state["format"]
+    return formats.parse_number(change.new), name
 
 
 def _image(figure, alt: str) -> str:
