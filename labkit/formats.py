@@ -18,7 +18,9 @@ FORMATS = {
     "INT8": (None, None, 0, 7),
     "INT4": (None, None, 0, 3),
 }
-FIELD_COLORS = (COLORS["orange"], COLORS["blue"], COLORS["green"])
+_HUES = {"sign": "orange", "exponent": "blue", "fraction": "green", "value": "green"}
+FIELD_COLORS = {field: COLORS[hue] for field, hue in _HUES.items()}
+_LABEL = {"ha": "center", "va": "top", "fontsize": 9}
 
 
 def fields(number_format: str) -> dict[str, int]:
@@ -63,9 +65,11 @@ def decode(bits: str, number_format: str) -> float:
     Raises:
         ValueError: if the format is unknown, or `bits` is no pattern of its width.
     """
-    sign, *_ = _split(bits, number_format)
-    pattern = int(bits.replace(" ", ""), 2)
-    value = pattern - sign * 2 ** sum(fields(number_format).values())  # two's complement
+    width = sum(fields(number_format).values())
+    digits = bits.replace(" ", "")
+    if len(digits) != width or set(digits) - {"0", "1"}:
+        raise ValueError(f"bits: {number_format} takes {width} characters 0 or 1, not {bits!r}")
+    value = int(digits, 2) - int(digits[0]) * 2**width  # two's complement
     dtype, carrier, *_ = FORMATS[number_format]
     return float(value if dtype is None else torch.tensor(value, dtype=carrier).view(dtype))
 
@@ -93,24 +97,20 @@ def bits_sentence(value: float | str, number_format: str) -> str:
         ValueError: see `format_bits` and `decode`.
     """
     typed, bits, stored = resolve(value, number_format)
-    dtype, _, _, fraction = FORMATS[number_format]
-    low, high = -(2.0**fraction), 2.0**fraction - 1
-    if dtype is not None:
-        low, high = torch.finfo(dtype).min, torch.finfo(dtype).max
+    low, high = _reach(number_format)
     meanings, formula = _explain(bits, number_format)
     words = ", ".join(f"{a} {b}" for a, b in zip(fields(number_format), meanings, strict=True))
     parts = [f"{number_format} {bits}: {words}; {formula}."]
     if not isinstance(value, str) and (typed < low or typed > high):
-        parts.append(
-            f"{number_text(typed)} is out of range and is stored as {number_text(stored)}."
-        )
-    if not isinstance(value, str) and math.isfinite(stored) and math.isfinite(typed):
+        told = f"{number_text(typed)} is out of range and is stored as {number_text(stored)}."
+        parts.append(told)
+    if not isinstance(value, str) and math.isfinite(stored - typed):
         error = "none"
         if stored != typed:
             error = f"{stored - typed:+.4g} ({_percent_off(typed, stored)})"
         parts.append(f"Error: {error}.")
-    above = _neighbor(bits, number_format, 1)
-    if above is not None:
+    if low <= stored < high:
+        above = _neighbor(bits, number_format, 1)
         parts.append(f"Next number up: {number_text(above, 9)}, {above - stored:.4g} away.")
     smallest = decode(_spell(1, number_format), number_format)
     parts.append(f"{number_format} reaches from {number_text(low, 9)} to {number_text(high, 9)};")
@@ -127,7 +127,7 @@ def bits_title(value: float | str, number_format: str) -> str:
         words = f"{number_text(typed)} is exact in {number_format}"
     else:
         words = f"{number_text(typed)} becomes {number_text(stored, 9)} in {number_format}"
-        if math.isfinite(stored) and math.isfinite(typed):
+        if math.isfinite(stored - typed):
             words += f": {_percent_off(typed, stored)} off"
     return minus(words)
 
@@ -142,9 +142,10 @@ def bits_figure(value: float | str, number_format: str):
     top.set_title(bits_title(value, number_format))
     _draw_boxes(top, bits, number_format)
     bottom.axis("off")
-    if math.isfinite(stored):
+    low, high = _reach(number_format)
+    if low <= stored <= high:
         near = [_neighbor(bits, number_format, step) for step in (-1, 0, 1)]
-        _draw_neighbors(bottom, typed, stored, [x for x in near if x is not None])
+        _draw_neighbors(bottom, typed, stored, [x for x in near if low <= x <= high])
     return figure
 
 
@@ -184,44 +185,37 @@ def _spell(pattern: int, number_format: str) -> str:
     return " ".join(f"{digits[0]} {digits[1:-fraction_bits]} {digits[-fraction_bits:]}".split())
 
 
-def _split(bits: str, number_format: str) -> tuple[int, int, int]:
-    """Return sign, exponent (0 in an integer format) and fraction or value as integers."""
-    width = sum(fields(number_format).values())
-    digits = bits.replace(" ", "")
-    if len(digits) != width or set(digits) - {"0", "1"}:
-        raise ValueError(f"bits: {number_format} takes {width} characters 0 or 1, not {bits!r}")
-    exponent, fraction = divmod(int(digits[1:], 2), 2 ** FORMATS[number_format][3])
-    return int(digits[0]), exponent, fraction
+def _reach(number_format: str) -> tuple[float, float]:
+    dtype, _, _, fraction_bits = FORMATS[number_format]
+    if dtype is None:
+        return -(2.0**fraction_bits), 2.0**fraction_bits - 1
+    return torch.finfo(dtype).min, torch.finfo(dtype).max
 
 
-def _neighbor(bits: str, number_format: str, step: int) -> float | None:
-    """Return the number `step` places up, or None beyond the last and beside NaN."""
-    sign, exponent, fraction = _split(bits, number_format)
-    _, _, exponent_bits, fraction_bits = FORMATS[number_format]
+def _neighbor(bits: str, number_format: str, step: int) -> float:
+    """Return the number `step` places up from a finite one; it may be out of reach."""
+    *_, exponent_bits, fraction_bits = FORMATS[number_format]
     if not exponent_bits:
-        near = decode(bits, number_format) + step
-        return near if -(2**fraction_bits) <= near < 2**fraction_bits else None
-    if not math.isfinite(decode(bits, number_format)):
-        return None
+        return decode(bits, number_format) + step
     # Without the sign bit, patterns are in the order of their magnitudes.
-    magnitude = (exponent << fraction_bits) + fraction
+    sign_bit = 2 ** (exponent_bits + fraction_bits)
+    sign, magnitude = divmod(int(bits.replace(" ", ""), 2), sign_bit)
     rank = (-magnitude if sign else magnitude) + step
-    sign_bit = 2 ** (exponent_bits + fraction_bits) if rank < 0 else 0
-    near = decode(_spell(abs(rank) + sign_bit, number_format), number_format)
-    return near if math.isfinite(near) else None
+    return decode(_spell(abs(rank) + sign_bit * (rank < 0), number_format), number_format)
 
 
 def _explain(bits: str, number_format: str) -> tuple[list[str], str]:
     """Return what each field holds, and how the number follows from them."""
     stored = decode(bits, number_format)
-    sign, exponent, fraction = _split(bits, number_format)
-    _, _, exponent_bits, fraction_bits = FORMATS[number_format]
+    *_, exponent_bits, fraction_bits = FORMATS[number_format]
     exact = f"{Decimal(stored):f}"
     result = f"= {exact}" if len(exact) <= 45 else f"≈ {stored:.9g}"
-    if not exponent_bits:
+    sign, *middle, fraction = [int(field, 2) for field in bits.split()]
+    if not middle:
         meanings = [str(-sign * 2**fraction_bits), str(fraction)]
         return meanings, f"{' + '.join(meanings)} {result}"
-    bias, share = 2 ** (exponent_bits - 1) - 1, f"{fraction}/{2**fraction_bits}"
+    exponent, bias = middle[0], 2 ** (exponent_bits - 1) - 1
+    share = f"{fraction}/{2**fraction_bits}"
     power = f"{exponent} − {bias} = {exponent - bias}" if exponent else "0: no leading 1"
     lead = f"{'-' * sign}({min(exponent, 1)} + {share})"
     formula = f"{lead} × 2^{max(exponent, 1) - bias} {result}"
@@ -234,20 +228,16 @@ def _draw_boxes(axes, bits: str, number_format: str) -> None:
     from matplotlib.patches import Rectangle
 
     meanings, formula = _explain(bits, number_format)
-    colors = FIELD_COLORS if len(meanings) == 3 else FIELD_COLORS[::2]
     left = 0.0
-    for name, field, meaning, color in zip(
-        fields(number_format), bits.split(), meanings, colors, strict=True
-    ):
+    for name, field, meaning in zip(fields(number_format), bits.split(), meanings, strict=True):
+        color = FIELD_COLORS[name]
         for digit in field:
             face, ink = (color, "white") if digit == "1" else ("white", color)
             axes.add_patch(Rectangle((left, 0), 1, 1, facecolor=face, edgecolor=color))
             axes.text(left + 0.5, 0.48, digit, color=ink, ha="center", va="center", weight="bold")
             left += 1
         label = minus(f"{name}\n{meaning}")
-        axes.text(
-            left - len(field) / 2, -0.12, label, color=color, ha="center", va="top", fontsize=9
-        )
+        axes.text(left - len(field) / 2, -0.12, label, color=color, **_LABEL)
         left += 0.7
     formula = minus(re.sub(r"\^(-?\d+)", r"$^{\1}$", formula))
     middle, half = (left - 0.7) / 2, max(left - 0.7, 20) / 2 + 0.3
@@ -263,9 +253,7 @@ def _draw_neighbors(axes, typed: float, stored: float, near: list[float]) -> Non
         name, weight, marker = ("stored", "bold", "o") if x == stored else ("next", "normal", "|")
         axes.plot((x - stored) / gap, 0, marker, color="black", markersize=9)
         label = minus(f"{number_text(x, 9)}\n{name}")
-        axes.text(
-            (x - stored) / gap, -0.42, label, ha="center", va="top", weight=weight, fontsize=9
-        )
+        axes.text((x - stored) / gap, -0.42, label, weight=weight, **_LABEL)
     axes.set(xlim=(-1.5, 1.5), ylim=(-1.9, 1.1))
     if typed == stored:
         return

@@ -5,36 +5,12 @@ The picture is an `HTML` widget with an `<img>`, since `ipywidgets.Image` carrie
 
 import base64
 import html
+import itertools
 import threading
 from collections.abc import Callable, Iterable
 
-import torch
-
-# The pure halves of the explorers; `as` marks what is here for callers only.
-from labkit.formats import (
-    FIELD_COLORS,
-    FORMATS,
-    bits_figure,
-    bits_sentence,
-    bits_title,
-    fields,
-    number_text,
-    parse_number,
-    resolve,
-)
-from labkit.formats import decode as decode
-from labkit.formats import format_bits as format_bits
-from labkit.grids import (
-    GRANULARITIES,
-    grid_figure,
-    grid_sentence,
-    grid_state,
-    grid_title,
-    group_size_of,
-)
+from labkit import formats
 from labkit.plotting import png
-
-PERCENTILES = (100.0, 99.9, 99.0)
 
 # JupyterLab sends events to two threads of the kernel, and pyplot's state is global. Re-entrant,
 # since a callback sets controls and so calls itself.
@@ -44,11 +20,11 @@ _ONE_AT_A_TIME = threading.RLock()
 def bits_explorer(value: float = 0.1, number_format: str = "FP16"):
     """Return an explorer of the bits of a number: choose a format, type a value, switch bits.
 
-    Args, errors: as in `format_bits`, to begin with.
+    Args, errors: as in `formats.format_bits`, to begin with.
     """
     import ipywidgets as widgets
 
-    chooser = widgets.Dropdown(options=list(FORMATS), description="Format")
+    chooser = widgets.Dropdown(options=list(formats.FORMATS), description="Format")
     typed = widgets.Text(description="Value", continuous_update=False)
     buttons = [widgets.ToggleButton(layout={"width": "24px", "padding": "0"}) for _ in range(32)]
     row = widgets.HBox(layout={"flex_flow": "row wrap"})
@@ -56,17 +32,17 @@ def bits_explorer(value: float = 0.1, number_format: str = "FP16"):
     state = {"format": None, "busy": False}
 
     def show(new: float | str, name: str) -> None:
-        number, bits, _ = resolve(new, name)
+        number, bits, _ = formats.resolve(new, name)
         digits = bits.replace(" ", "")
         state["busy"] = True  # what follows sets controls, and must not be taken for the reader
         if name != state["format"]:
             row.children = _button_groups(buttons, name)
         for button, bit in zip(buttons, digits, strict=False):
             button.description, button.value = bit, bit == "1"
-        chooser.value, typed.value = name, number_text(number)
+        chooser.value, typed.value = name, formats.number_text(number)
         state.update(value=number, format=name, bits=digits, busy=False)
-        picture.value = _image(bits_figure(new, name), bits_title(new, name))
-        sentence.value = _paragraph(bits_sentence(new, name))
+        picture.value = _image(formats.bits_figure(new, name), formats.bits_title(new, name))
+        sentence.value = _paragraph(formats.bits_sentence(new, name))
 
     def update(change) -> None:
         with _ONE_AT_A_TIME:
@@ -77,43 +53,13 @@ def bits_explorer(value: float = 0.1, number_format: str = "FP16"):
             except ValueError as problem:
                 state["busy"], chooser.value = True, state["format"]
                 state["busy"] = False
-                kept = f"Still showing {number_text(state['value'])} in {state['format']}."
+                kept = f"Still showing {formats.number_text(state['value'])} in {state['format']}."
                 sentence.value = _paragraph(f"{problem}. {kept}")
 
     show(value, number_format)
     for control in (chooser, typed, *buttons):
         control.observe(update, "value")
     return widgets.VBox([widgets.HBox([chooser, typed]), row, picture, sentence])
-
-
-def grid_explorer(
-    weight: torch.Tensor, bits: int = 4, symmetric: bool = False, granularity: str = "per tensor"
-):
-    """Return an explorer of a weight's grid: bit-width, symmetry, granularity, clipping, row.
-
-    Args, errors: as in `grid_state`, to begin with.
-    """
-    import ipywidgets as widgets
-
-    grid_state(weight, bits, symmetric, granularity)
-    kinds = [("asymmetric", False), ("symmetric", True)]
-    fitting = [g for g in GRANULARITIES if g[0] != "g" or weight.shape[1] % group_size_of(g) == 0]
-    controls = {
-        "bits": widgets.Dropdown(options=range(2, 9), value=bits, description="Bits"),
-        "symmetric": widgets.Dropdown(options=kinds, value=symmetric, description="Grid"),
-        "granularity": widgets.Dropdown(
-            options=fitting, value=granularity, description="Granularity"
-        ),
-        "clip": widgets.Dropdown(options=PERCENTILES, description="Clip at percentile"),
-        "row": widgets.BoundedIntText(max=len(weight) - 1, description="Row shown"),
-    }
-
-    def draw(**chosen) -> tuple:
-        state = grid_state(weight, **chosen)
-        controls["row"].disabled = chosen["granularity"] == "per tensor"
-        return grid_figure(state), grid_title(state), grid_sentence(state)
-
-    return _explorer(controls, draw)
 
 
 def explorer(choices: dict[str, Iterable], draw: Callable[..., tuple], start: tuple = ()):
@@ -130,29 +76,22 @@ def explorer(choices: dict[str, Iterable], draw: Callable[..., tuple], start: tu
     """
     import ipywidgets as widgets
 
-    controls = {k: widgets.Dropdown(options=v, description=k) for k, v in choices.items()}
-    for box, value in zip(controls.values(), start, strict=False):
-        box.value = value
-    return _explorer(controls, lambda **chosen: draw(*chosen.values()))
-
-
-def _explorer(controls: dict, draw: Callable[..., tuple]):
-    """Put controls above a picture and a sentence; `draw(**values)` returns figure, alt, text."""
-    import ipywidgets as widgets
-
+    controls = [widgets.Dropdown(options=v, description=k) for k, v in choices.items()]
     picture, sentence = widgets.HTML(), widgets.HTML()
 
     def update(change=None) -> None:
         with _ONE_AT_A_TIME:
-            figure, alt, text = draw(**{name: box.value for name, box in controls.items()})
+            figure, alt, text = draw(*[control.value for control in controls])
             picture.value, sentence.value = _image(figure, alt), _paragraph(text)
 
-    for control in controls.values():
+    for control, value in zip(controls, start, strict=False):
+        control.value = value
+    for control in controls:
         control.style.description_width = "initial"
         control.layout.width = "auto"
         control.observe(update, "value")
     update()
-    row = widgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
+    row = widgets.HBox(controls, layout={"flex_flow": "row wrap"})
     return widgets.VBox([row, picture, sentence])
 
 
@@ -160,32 +99,28 @@ def _button_groups(buttons: list, number_format: str) -> list:
     """Label the first buttons by field, and return a labeled box for each field."""
     import ipywidgets as widgets
 
-    groups, first = [], 0
-    widths = fields(number_format)
-    colors = FIELD_COLORS if len(widths) == 3 else FIELD_COLORS[::2]
-    for (name, width), color in zip(widths.items(), colors, strict=True):
-        group = buttons[first : first + width]
+    groups, unlabeled = [], iter(buttons)
+    for name, width in formats.fields(number_format).items():
+        group = list(itertools.islice(unlabeled, width))
         for place, button in enumerate(group):
             button.tooltip = f"{name} bit {width - 1 - place}"
-        line = f"border-bottom: 4px solid {color}"
+        line = f"border-bottom: 4px solid {formats.FIELD_COLORS[name]}"
         label = widgets.HTML(f'<div style="{line}">{name}</div>')
         groups.append(widgets.VBox([label, widgets.HBox(group)]))
-        first += width
     return groups
 
 
 def _wanted(change, buttons: list, state: dict) -> tuple[float | str, str]:
     """Return the number or pattern, and the format, that a change of a control asks for."""
     # Not the controls but the change counts: another event may have set the controls since.
+    bits, name = state["bits"], state["format"]
     if change.owner in buttons:
-        place, bit = buttons.index(change.owner), str(int(change.new))
-        bits = state["bits"]
-        return bits[:place] + bit + bits[place + 1 :] if place < len(bits) else bits, state[
-            "format"
-        ]
-    if change.new in FORMATS:
+        place = buttons.index(change.owner)
+        # Cut, since the button may be one that this format no longer has.
+        return (bits[:place] + str(int(change.new)) + bits[place + 1 :])[: len(bits)], name
+    if change.new in formats.FORMATS:
         return state["value"], change.new
-    return parse_number(change.new), state["format"]
+    return formats.parse_number(change.new), name
 
 
 def _image(figure, alt: str) -> str:

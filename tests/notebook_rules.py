@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -68,6 +69,18 @@ def headings(notebook) -> list[tuple[int, str]]:
     prose = re.sub(r"^(```|~~~).*?^\1", "", prose, flags=re.MULTILINE | re.DOTALL)
     found = re.findall(r"^(#{1,6})\s+(.+)$", prose, flags=re.MULTILINE)
     return [(len(signs), title) for signs, title in found]
+
+
+def chapter1_explorer() -> str:
+    """Return the code of chapter 1's explorer, which runs wherever there is a `weight`."""
+    cells = code_cells(nbformat.read(ROOT / "notebooks" / "01_basics.ipynb", as_version=4))
+    parts = [node for cell in cells for node in syntax_tree(cell).body]
+    (snr_db,) = [ast.unparse(node) for node in parts if getattr(node, "name", "") == "snr_db"]
+    sources = [cell.source for cell in cells]
+    first = next(i for i, source in enumerate(sources) if "def plot_rounding" in source)
+    last = next(i for i, source in enumerate(sources) if "draw_grid, start=" in source)
+    imports = "import torch\nimport labkit as lk\nfrom labkit.quant import *"
+    return "\n\n\n".join([imports, snr_db, *sources[first : last + 1]])
 
 
 DEFINITIONS = (ast.FunctionDef, ast.ClassDef)

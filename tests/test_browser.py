@@ -2,11 +2,12 @@
 
 import nbformat
 import pytest
+from notebook_rules import chapter1_explorer
 
 EXPLORERS = """\
 import torch
 from labkit import subplots
-from labkit.widgets import bits_explorer, explorer, grid_explorer
+from labkit.widgets import bits_explorer, explorer
 
 weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * 0.02
 weight[3, 7] = 0.4
@@ -27,8 +28,8 @@ def page(lab_page, tmp_path_factory):
     """All explorers, run. The tests share the page: none needs the state another leaves."""
     from conftest import run_all_cells
 
-    cells = [EXPLORERS, 'bits_explorer(0.1, "FP16")', "grid_explorer(weight)"]
-    cells.append("explorer(choices, draw, start=(4, 100))")
+    own = "explorer(choices, draw, start=(4, 100))"
+    cells = [EXPLORERS, 'bits_explorer(0.1, "FP16")', own, chapter1_explorer()]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     path = tmp_path_factory.mktemp("source") / "explorers.ipynb"
     nbformat.write(notebook, path)
@@ -61,12 +62,12 @@ def bits(page):
 
 
 @pytest.fixture
-def grid(page):
+def own(page):
     return Explorer(page, 2)
 
 
 @pytest.fixture
-def own(page):
+def grid(page):
     return Explorer(page, 3)
 
 
@@ -127,29 +128,19 @@ def test_bits_explorer_keeps_its_picture_on_bad_input(bits):
     assert bits.state()[0] == picture
 
 
-def test_grid_explorer_changes_with_each_dropdown(grid):
+def test_grid_explorer_of_chapter_1_changes_with_each_dropdown(grid):
     assert_loaded_and_described(grid)
     for label, choice, words in [
-        ("Bits", "3", "3 bits, asymmetric, per tensor"),
-        ("Grid", "symmetric", "3 bits, symmetric, per tensor"),
-        ("Clip at percentile", "99.0", "163 weights clipped"),
-        ("Granularity", "groups of 64", "3 bits, symmetric, groups of 64"),
+        ("Bits", "3", "3 bits, asymmetric, per channel"),
+        ("Row", "3", "Row 3 (256 weights)"),
+        ("Grid", "symmetric", "3 bits, symmetric, per channel"),
+        ("Granularity", "per tensor", "3 bits, symmetric, per tensor"),
+        ("Clip at percentile", "99", "163 weights clipped"),
     ]:
         before = grid.state()
         grid.area.get_by_label(label, exact=True).select_option(choice)
         grid.wait_for_sentence(words)
         assert_both_changed(grid, before)
-
-
-def test_grid_explorer_changes_with_a_typed_row(grid):
-    grid.area.get_by_label("Granularity", exact=True).select_option("per channel")
-    grid.wait_for_sentence("Row 0 (256 weights)")
-    before = grid.state()
-    row = grid.area.get_by_label("Row shown")
-    row.fill("3")
-    row.press("Enter")
-    grid.wait_for_sentence("Row 3 (256 weights)")
-    assert_both_changed(grid, before)
 
 
 def test_an_explorer_of_a_notebook_changes_with_each_dropdown(own):

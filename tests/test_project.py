@@ -31,7 +31,7 @@ LEVELS = (
     {"plotting", "measure", "ledger", "machine"},
     {"ptq"},
     {"qat", "mixed"},
-    {"formats", "grids", "checks"},
+    {"formats", "checks"},
     {"widgets"},
     {"workshop"},
     {"__main__"},

@@ -11,24 +11,19 @@ import ipywidgets
 import pytest
 import torch
 import traitlets
+from notebook_rules import chapter1_explorer
 
-from labkit import plotting, widgets
-from labkit.plotting import png
-from labkit.widgets import (
+from labkit import formats, plotting, widgets
+from labkit.formats import (
     FORMATS,
-    GRANULARITIES,
-    bits_explorer,
     bits_figure,
     bits_sentence,
     bits_title,
     decode,
     format_bits,
-    grid_explorer,
-    grid_figure,
-    grid_sentence,
-    grid_state,
-    grid_title,
 )
+from labkit.plotting import png
+from labkit.widgets import bits_explorer
 
 FLOATS = [name for name, (dtype, *_) in FORMATS.items() if dtype]
 INTEGERS = [name for name, (dtype, *_) in FORMATS.items() if not dtype]
@@ -275,14 +270,14 @@ def test_bits_explorer_loses_no_event_that_comes_while_it_draws(second, expected
     explorer = bits_explorer(3, "INT8")
     value, chooser, bit = find(explorer, "Value"), find(explorer, "Format"), toggles(explorer)[-2]
     drawing, go_on = threading.Event(), threading.Event()
-    plain = widgets.number_text
+    plain = formats.number_text
 
     def slow(*arguments):
         drawing.set()
         assert go_on.wait(10)
         return plain(*arguments)
 
-    monkeypatch.setattr(widgets, "number_text", slow)
+    monkeypatch.setattr(formats, "number_text", slow)
     events = {"typed": (value, "5"), "bit": (bit, False), "format": (chooser, "INT4")}
     control, new = events[second]
     first = threading.Thread(target=setattr, args=(value, "value", "7"))
@@ -298,130 +293,8 @@ def test_bits_explorer_loses_no_event_that_comes_while_it_draws(second, expected
     assert value.value == ("7" if second == "format" else "5")
 
 
-# The grid of a weight
-
-
-def make_weight(rows: int = 12, columns: int = 256) -> torch.Tensor:
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)) * 0.02
-    weight[3, 7] = 0.4
-    return weight
-
-
-def brute_force(weight, bits: int, symmetric: bool, size: int) -> float:
-    """The mean squared error of nearest-point rounding, in float64, one group at a time."""
-    total = 0.0
-    for group in weight.double().reshape(-1, size):
-        low, high = min(0.0, float(group.min())), max(0.0, float(group.max()))
-        if symmetric:
-            top = 2 ** (bits - 1) - 1
-            grid = torch.arange(-top, top + 1) * max(-low, high) / top
-        else:
-            scale = (high - low) / (2**bits - 1)
-            grid = (torch.arange(2**bits) - round(-low / scale)) * scale
-        total += float((group[:, None] - grid.double()).abs().amin(1).square().sum())
-    return total / weight.numel()
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize(
-    ("granularity", "size"), list(zip(GRANULARITIES, (12 * 256, 256, 128, 64, 32), strict=True))
-)
-def test_grid_sentence_agrees_with_brute_force(bits, symmetric, granularity, size):
-    weight = make_weight()
-    state = grid_state(weight, bits, symmetric, granularity)
-    sentence = grid_sentence(state)
-    mse = brute_force(weight, bits, symmetric, size)
-    assert number(rf"squared error {NUMBER},", sentence) == pytest.approx(mse, rel=1e-2)
-    decibels = 10 * math.log10(float(weight.double().square().mean()) / mse)
-    assert number(rf"ratio {NUMBER} dB", sentence) == pytest.approx(decibels, abs=0.06)
-    overhead = (16 if symmetric else 24) / size
-    assert number(rf"{NUMBER} bits per weight", sentence) == pytest.approx(
-        bits + overhead, abs=1e-3
-    )
-    used = len({round(float(x), 9) for x in state.restored})
-    assert number(rf"{NUMBER} of \d+ levels", sentence) == used
-    assert number(rf"of {NUMBER} levels", sentence) == 2**bits - symmetric
-    assert number(rf"scale {NUMBER},", sentence) == pytest.approx(state.scale, rel=1e-3)
-    assert number(rf"zero point {NUMBER},", sentence) == state.zero_point
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("shift", [-1.0, 0.0, 1.0])
-@pytest.mark.parametrize("clip", [100.0, 99.0])
-def test_every_grid_contains_zero(granularity, shift, clip):
-    for symmetric in (False, True):
-        state = grid_state(make_weight() + shift, 3, symmetric, granularity, clip, row=5)
-        assert float(state.grid.abs().min()) == 0
-        assert set(state.restored.tolist()) <= set(state.grid.tolist())
-
-
-def test_clipping_shortens_the_grid_and_counts_what_it_cut():
-    weight = make_weight()
-    whole, cut = grid_state(weight, 8, True), grid_state(weight, 8, True, clip=99.0)
-    magnitudes = weight.abs().flatten().sort().values
-    kept = math.ceil(0.99 * weight.numel())
-    assert float(cut.grid.max()) == pytest.approx(float(magnitudes[kept - 1]))
-    assert float(whole.grid.max()) == pytest.approx(0.4)
-    assert (whole.clipped, cut.clipped) == (0, weight.numel() - kept)
-    assert f"{cut.clipped:,} weights clipped" in grid_sentence(cut)
-
-
-def test_the_row_chooses_what_is_drawn():
-    weight = make_weight()
-    assert torch.equal(grid_state(weight, granularity="per channel", row=3).weights, weight[3])
-    group = grid_state(weight, granularity="groups of 64", row=3).weights
-    assert torch.equal(group, weight[3, :64])
-    assert torch.equal(grid_state(weight, row=3).weights, weight.flatten())
-
-
-@pytest.mark.parametrize("weight", [torch.zeros(2, 64), torch.full((1, 1), 3.0), torch.eye(4)])
-def test_extreme_weights_have_sentence_and_figure(weight):
-    state = grid_state(weight, 2)
-    assert "bits per weight" in grid_sentence(state)
-    assert png(grid_figure(state)).startswith(b"\x89PNG")
-    if not weight.any():
-        assert "infinite (no error)" in grid_title(state)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"weight": torch.ones(4)}, r"weight must have shape \(out, in\), not \(4,\)"),
-        ({"weight": torch.ones(4, 48), "granularity": "groups of 32"}, "does not divide"),
-        ({"granularity": "per row"}, "granularity must be one of"),
-        ({"bits": 9}, "bits must be from 2 to 8"),
-        ({"clip": 12}, "clip must be a percentile"),
-        ({"row": 12}, "row must be from 0 to 11"),
-        ({"weight": torch.tensor([[math.nan]])}, "NaN or infinite"),
-    ],
-)
-def test_bad_grid_arguments(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        grid_state(**{"weight": make_weight(), **arguments})
-
-
-def test_grid_explorer_answers_each_control():
-    explorer = grid_explorer(make_weight(columns=192))
-    states = [shown(explorer)]
-    assert find(explorer, "Row shown").disabled
-    for description, value in [
-        ("Bits", 3),
-        ("Grid", True),
-        ("Clip at percentile", 99.0),
-        ("Granularity", "groups of 64"),
-        ("Row shown", 3),
-    ]:
-        find(explorer, description).value = value
-        states.append(shown(explorer))
-    assert len({picture for picture, _ in states}) == len({words for _, words in states}) == 6
-    assert not find(explorer, "Row shown").disabled
-    assert "groups of 128" not in find(explorer, "Granularity").options
-
-
-@pytest.mark.parametrize("make", [bits_explorer, lambda: grid_explorer(make_weight())])
-def test_explorers_are_quiet_repeatable_and_described(make, capfd):
-    first, second = make(), make()
+def test_bits_explorer_is_quiet_repeatable_and_described(capfd):
+    first, second = bits_explorer(), bits_explorer()
     assert capfd.readouterr() == ("", "")
     assert shown(first) == shown(second)
     plain = [explorer._repr_mimebundle_()["text/plain"] for explorer in (first, second)]
@@ -458,3 +331,95 @@ def test_an_explorer_of_a_notebook_draws_what_is_chosen():
     assert 'alt="3 bits &lt;ptq&gt;"' in picture.value
     with pytest.raises(traitlets.TraitError, match="not found"):
         widgets.explorer(choices, draw, start=(5,))
+
+
+# The explorer of chapter 1: the grid of a weight
+
+
+def make_weight() -> torch.Tensor:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)) * 0.02
+    weight[3, 7] = 0.4
+    return weight
+
+
+@pytest.fixture(scope="module")
+def chapter1() -> dict:
+    """What the cells of the explorer define, run on a small weight."""
+    names: dict = {"weight": make_weight()}
+    exec(chapter1_explorer(), names)
+    return names
+
+
+def brute_force(weight, bits: int, symmetric: bool, size: int) -> float:
+    """The mean squared error of nearest-point rounding, in float64, one group at a time."""
+    total = 0.0
+    for group in weight.double().reshape(-1, size):
+        low, high = min(0.0, float(group.min())), max(0.0, float(group.max()))
+        if symmetric:
+            top = 2 ** (bits - 1) - 1
+            grid = torch.arange(-top, top + 1) * max(-low, high) / top
+        else:
+            scale = (high - low) / (2**bits - 1)
+            grid = (torch.arange(2**bits) - round(-low / scale)) * scale
+        total += float((group[:, None] - grid.double()).abs().amin(1).square().sum())
+    return total / weight.numel()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    ("granularity", "size"),
+    [("per tensor", 64 * 256), ("per channel", 256), ("groups of 128", 128), ("groups of 32", 32)],
+)
+def test_sentence_of_the_grid_agrees_with_brute_force(chapter1, bits, symmetric, granularity, size):
+    weight = make_weight()
+    figure, title, sentence = chapter1["draw_grid"](bits, symmetric, granularity, 100, 3)
+    mse = brute_force(weight, bits, symmetric, size)
+    assert number(rf"squared error {NUMBER},", sentence) == pytest.approx(mse, rel=1e-2)
+    decibels = 10 * math.log10(float(weight.double().square().mean()) / mse)
+    assert number(rf"SNR {NUMBER} dB", sentence) == pytest.approx(decibels, abs=0.06)
+    assert number(rf", {NUMBER} dB", title) == pytest.approx(decibels, abs=0.06)
+    expected = bits + (16 if symmetric else 24) / size
+    assert number(rf"{NUMBER} bits per weight", sentence) == pytest.approx(expected, abs=1e-3)
+    assert number(rf"\({NUMBER} weights\)", sentence) == size
+    assert number(rf"of {NUMBER} levels used", sentence) == 2**bits - symmetric
+    top, bottom = figure.axes
+    marks = [x for (x, _), _ in top.collections[0].get_segments()]
+    assert min(map(abs, marks)) == 0, "zero must be a mark"
+    weights, errors = bottom.lines[0].get_data()
+    part = weight if size > 256 else weight[3, :size]
+    assert weights == pytest.approx(part.flatten().numpy())
+    back = torch.tensor(weights + errors).double()
+    nearest = (back[:, None] - torch.tensor(marks)).abs().amin(1)
+    assert float(nearest.max()) < 1e-6
+    assert number(rf"{NUMBER} of \d+ levels", sentence) == len({round(float(x), 6) for x in back})
+    plotting.png(figure)
+
+
+def test_clipping_shortens_the_grid_and_counts_what_it_cut(chapter1):
+    magnitudes = make_weight().abs().flatten().sort().values
+    kept = math.ceil(0.99 * len(magnitudes))
+    for clip, end, clipped in [(100, 0.4, 0), (99, magnitudes[kept - 1], len(magnitudes) - kept)]:
+        figure, _, sentence = chapter1["draw_grid"](8, True, "per tensor", clip, 0)
+        segments = figure.axes[0].collections[0].get_segments()
+        assert max(x for (x, _), _ in segments) == pytest.approx(float(end))
+        assert f"{clipped:,} weights clipped" in sentence
+        triangles = figure.axes[1].lines[1].get_xdata() if clipped else []
+        assert len(triangles) == clipped
+        plotting.png(figure)
+
+
+def test_explorer_of_chapter_1_answers_each_control(chapter1):
+    box = widgets.explorer(chapter1["choices"], chapter1["draw_grid"], (4, False, "per channel"))
+    states = [shown(box)]
+    for description, value in [
+        ("Bits", 3),
+        ("Grid", True),
+        ("Row", 3),
+        ("Clip at percentile", 99),
+        ("Granularity", "groups of 64"),
+    ]:
+        find(box, description).value = value
+        states.append(shown(box))
+    assert len({picture for picture, _ in states}) == len({words for _, words in states}) == 6
+    assert "Row 3, first group (64 weights)" in states[-1][1]
