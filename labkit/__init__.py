@@ -19,7 +19,18 @@ _NAMES = {
     "plotting": ("subplots", "show", "COLORS", "MARKERS", "HATCHES"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-_MODULES = {*_HOME.values(), "formats", "kernels", "mixed", "ptq", "qat", "quant", "widgets"}
+_MODULES = {
+    *_HOME.values(),
+    "decoder",
+    "formats",
+    "kernels",
+    "matvec",
+    "mixed",
+    "ptq",
+    "qat",
+    "quant",
+    "widgets",
+}
 
 __all__ = sorted({*_HOME, *_MODULES})
 

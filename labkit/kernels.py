@@ -1,5 +1,6 @@
 """Linear layers whose weights really are stored in few bits."""
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -50,8 +51,21 @@ class PackedLinear(nn.Module):
             self.register_buffer("zero_point", grid[1].to(torch.uint8))
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
 
+    def grid(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return scales, float32, and zero points, uint8, both `(out, n_groups)`."""
+        scale = self.scale[..., 0].float().numpy()
+        if self.symmetric:
+            return scale, np.full(scale.shape, 2 ** (self.bits - 1), np.uint8)
+        return scale, self.zero_point[..., 0].numpy()
+
     def dequantized(self) -> torch.Tensor:
         """Return the weight `(out, in)` in float32."""
+        if self.bits in (4, 8) and self.codes.device.type == "cpu":  # the quick way, same values
+            from labkit.matvec import dequantize_rows
+
+            grid, size = self.grid(), self.group_size
+            rows = dequantize_rows(self.codes.numpy(), self.bits, *grid, size, self.inputs)
+            return torch.from_numpy(rows)
         codes = quant.unpack_bits(self.codes, self.bits, self.inputs)
         zero_point = 2 ** (self.bits - 1) if self.symmetric else self.zero_point.float()
         return quant.dequantize_groups(codes, self.scale.float(), zero_point, self.group_size)

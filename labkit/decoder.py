@@ -1,0 +1,185 @@
+"""A small decoder for Llama-type models: a KV cache around the kernels of `labkit.matvec`."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from labkit import matvec
+from labkit.kernels import PackedLinear
+
+
+class Product:
+    """Linear layers that read the same input, as one product with one token.
+
+    Attributes: `bits` (32, 8 or 4), `out`, and `nbytes`, what a product reads.
+    """
+
+    def __init__(self, name: str, *layers: nn.Module):
+        """Lay the weights out for their kernel.
+
+        Args:
+            name: of the layers, for messages.
+            layers: all `nn.Linear`, or all `PackedLinear` of the same bits and groups.
+
+        Raises:
+            TypeError: if a layer is of another kind, or has a bias.
+            ValueError: if the layers differ, or no kernel knows their bits or groups.
+        """
+        kinds = {type(layer) for layer in layers}
+        if len(kinds) > 1 or not kinds <= {nn.Linear, PackedLinear}:
+            came = ", ".join(sorted(kind.__name__ for kind in kinds))
+            raise TypeError(f"{name}: layers must be all Linear or all PackedLinear, not {came}")
+        if any(layer.bias is not None for layer in layers):
+            raise TypeError(f"{name}: the decoder knows no layers with a bias")
+        self.bits, self.group_size = 32, 0
+        if kinds == {nn.Linear}:  # the model's own memory, so nothing is joined
+            self.arrays = [layer.weight.detach().float().numpy() for layer in layers]
+            self.out = sum(map(len, self.arrays))
+        else:
+            self._lay_out(name, layers)
+        self.nbytes = sum(array.nbytes for array in self.arrays)
+
+    def _lay_out(self, name: str, layers: tuple[PackedLinear, ...]) -> None:
+        grids = {(layer.bits, layer.group_size, layer.inputs) for layer in layers}
+        if len(grids) > 1:
+            raise ValueError(f"{name}: layers must share bits and groups, not {sorted(grids)}")
+        ((self.bits, self.group_size, _),) = grids
+        if self.bits not in (4, 8) or (self.bits == 4 and self.group_size % 4):
+            raise ValueError(
+                f"{name}: kernels know 8 bits, and 4 bits in groups of a multiple of 4; not "
+                f"{self.bits} bits in groups of {self.group_size}"
+            )
+        parts = [(layer.codes.numpy(), *layer.grid()) for layer in layers]
+        self.arrays = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+        self.out = len(self.arrays[0])
+        if self.bits == 4:
+            n_groups = self.arrays[1].shape[1]
+            columns = n_groups * self.group_size // 2, n_groups, n_groups
+            self.arrays = list(map(matvec.to_tiles, self.arrays, columns))
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Return the product with one token, float32 `(in,)`, as `(out,)`."""
+        if self.bits == 32:
+            parts = [matvec.matvec_fp32(weight, x) for weight in self.arrays]
+            return np.concatenate(parts) if len(parts) > 1 else parts[0]
+        if self.bits == 8:
+            return matvec.matvec_int8(*self.arrays, x, self.group_size)
+        if x.size < 2 * self.arrays[0].shape[1]:
+            x = np.pad(x, (0, 2 * self.arrays[0].shape[1] - x.size))
+        return matvec.matvec_int4(*self.arrays, x, self.group_size)[: self.out]
+
+
+class Decoder(nn.Module):
+    """A Llama-type model on the CPU that reads a prompt at once, and goes on token by token.
+
+    Attributes: `length`, the tokens that the cache holds; `nbytes`, what a step reads of weights.
+    """
+
+    def __init__(self, model: nn.Module, max_length: int = 1024):
+        """Take over a model, which goes on reading the prompts.
+
+        Args:
+            model: a `LlamaForCausalLM` on the CPU; its linear layers may be `PackedLinear`.
+            max_length: tokens that the cache holds.
+
+        Raises:
+            TypeError, ValueError: if the model is of another architecture, or see `Product`;
+                ValueError too if `max_length` is below 1.
+        """
+        super().__init__()
+        self.model, self.config = model, getattr(model, "config", None)
+        kind, act = getattr(self.config, "model_type", None), getattr(self.config, "hidden_act", "")
+        if (kind, act) != ("llama", "silu"):
+            came = f"{kind or type(model).__name__} {act}".strip()
+            raise TypeError(f"model: the decoder knows Llama with SiLU, not {came}")
+        if max_length < 1:
+            raise ValueError(f"max_length must be at least 1, not {max_length}")
+        base = model.model
+        self.blocks = [_block(f"model.layers.{i}", x) for i, x in enumerate(base.layers)]
+        self.norm, self.epsilon = base.norm.weight.detach().numpy(), self.config.rms_norm_eps
+        self.head, self.embedding = Product("lm_head", model.lm_head), base.embed_tokens
+        cos, sin = base.rotary_emb(base.norm.weight, torch.arange(max_length)[None])
+        self.cos, self.sin = cos[0].numpy(), sin[0].numpy()
+        heads = self.config.num_key_value_heads, max_length, base.layers[0].self_attn.head_dim
+        self.keys = np.zeros((len(self.blocks), *heads), np.float32)
+        self.values, self.length = np.zeros_like(self.keys), 0
+        products = [x for block in self.blocks for x in block if isinstance(x, Product)]
+        self.nbytes = self.head.nbytes + sum(product.nbytes for product in products)
+
+    def _check(self, ids: Iterable[int], more: int) -> torch.Tensor:
+        ids, room = torch.as_tensor(ids), self.keys.shape[2]
+        if ids.ndim != 1 or not len(ids) or ids.is_floating_point():
+            raise ValueError(f"ids must be a row of 1 token id or more, not {tuple(ids.shape)}")
+        if len(ids) + more > room:
+            raise ValueError(
+                f"ids: {len(ids) + more} tokens do not fit into a cache of {room}; give Decoder a "
+                "larger max_length"
+            )
+        if ids.min() < 0 or ids.max() >= self.head.out:
+            raise ValueError(f"ids must be from 0 to {self.head.out - 1}, not {ids.tolist()}")
+        return ids
+
+    @torch.inference_mode()
+    def prefill(self, ids: Iterable[int]) -> np.ndarray:
+        """Read a prompt into an empty cache; return the logits after it, `(vocabulary,)`.
+
+        Raises:
+            ValueError: if the prompt is empty, too long for the cache, or holds an unknown id.
+        """
+        ids = self._check(ids, 0)
+        output = self.model(ids[None], use_cache=True, logits_to_keep=1)
+        for layer, keys, values in zip(
+            output.past_key_values.layers, self.keys, self.values, strict=True
+        ):
+            keys[:, : len(ids)], values[:, : len(ids)] = layer.keys[0], layer.values[0]
+        self.length = len(ids)
+        return output.logits[0, -1].numpy()
+
+    @torch.inference_mode()
+    def step(self, token: int) -> np.ndarray:
+        """Read one more token through the kernels; return the logits after it, `(vocabulary,)`.
+
+        Raises:
+            ValueError: if the cache is full, or the id is unknown.
+        """
+        at, width = self.length, self.keys.shape[3]
+        x = self.embedding(self._check([token], at))[0].numpy()
+        for (norm, qkv, out, mlp_norm, gate_up, down), *cache in zip(
+            self.blocks, self.keys, self.values, strict=True
+        ):
+            rows = qkv(matvec.rms_norm(x, norm, self.epsilon)).reshape(-1, width)
+            x = x + out(matvec.attend(rows, self.cos[at], self.sin[at], *cache, at))
+            x = x + down(matvec.swiglu(gate_up(matvec.rms_norm(x, mlp_norm, self.epsilon))))
+        self.length += 1
+        return self.head(matvec.rms_norm(x, self.norm, self.epsilon))
+
+    def generate(self, ids: Iterable[int], n_tokens: int) -> list[int]:
+        """Continue a prompt greedily by `n_tokens`, 1 or more; return the new ids."""
+        if n_tokens < 1:
+            raise ValueError(f"n_tokens must be at least 1, not {n_tokens}")
+        written = [int(self.prefill(self._check(ids, n_tokens - 1)).argmax())]
+        while len(written) < n_tokens:
+            written.append(int(self.step(written[-1]).argmax()))
+        return written
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the logits `(n, length, vocabulary)` of windows `(n, length)`, all by `step`."""
+        logits = []
+        for window in ids.tolist():
+            self.length = 0
+            logits.append(torch.stack([torch.from_numpy(self.step(token)) for token in window]))
+        return torch.stack(logits)
+
+
+def _block(name: str, block: nn.Module) -> tuple:
+    attention, mlp = block.self_attn, block.mlp
+    return (
+        block.input_layernorm.weight.detach().numpy(),
+        Product(f"{name}.self_attn", attention.q_proj, attention.k_proj, attention.v_proj),
+        Product(f"{name}.self_attn.o_proj", attention.o_proj),
+        block.post_attention_layernorm.weight.detach().numpy(),
+        Product(f"{name}.mlp", mlp.gate_proj, mlp.up_proj),
+        Product(f"{name}.mlp.down_proj", mlp.down_proj),
+    )
