@@ -1,6 +1,6 @@
 """A small decoder for Llama-type models: a KV cache around the kernels of `labkit.matvec`."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,19 +13,15 @@ from labkit.kernels import PackedLinear
 class Product:
     """Linear layers that read the same input, as one product with one token.
 
-    Attributes: `bits` (32, 8 or 4), `out`, and `nbytes`, what a product reads.
+    `bits` is 32, 8 or 4; `out`, the outputs; `nbytes`, what a product reads.
     """
 
     def __init__(self, name: str, *layers: nn.Module):
-        """Lay the weights out for their kernel.
-
-        Args:
-            name: of the layers, for messages.
-            layers: all `nn.Linear`, or all `PackedLinear` of the same bits and groups.
+        """Lay the weights of layers out for their kernel; `name` is for messages.
 
         Raises:
-            TypeError: if a layer is of another kind, or has a bias.
-            ValueError: if the layers differ, or no kernel knows their bits or groups.
+            TypeError: if not all are `nn.Linear`, or all `PackedLinear`, without a bias.
+            ValueError: if packed ones differ in bits or groups, or no kernel knows these.
         """
         kinds = {type(layer) for layer in layers}
         if len(kinds) > 1 or not kinds <= {nn.Linear, PackedLinear}:
@@ -45,37 +41,36 @@ class Product:
         grids = {(layer.bits, layer.group_size, layer.inputs) for layer in layers}
         if len(grids) > 1:
             raise ValueError(f"{name}: layers must share bits and groups, not {sorted(grids)}")
-        ((self.bits, self.group_size, _),) = grids
-        if self.bits not in (4, 8) or (self.bits == 4 and self.group_size % 4):
+        ((self.bits, self.group_size, inputs),) = grids
+        n_groups = -(-inputs // self.group_size)
+        if n_groups == 1:  # a row: filled up to the four inputs of a step
+            self.group_size = -(-inputs // 4) * 4
+        if self.bits not in (4, 8) or self.group_size % 4:
             raise ValueError(
-                f"{name}: kernels know 8 bits, and 4 bits in groups of a multiple of 4; not "
+                f"{name}: kernels know 4 and 8 bits, in groups of a multiple of 4 or a row; not "
                 f"{self.bits} bits in groups of {self.group_size}"
             )
         parts = [(layer.codes.numpy(), *layer.grid()) for layer in layers]
-        self.arrays = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
-        self.out = len(self.arrays[0])
-        if self.bits == 4:
-            n_groups = self.arrays[1].shape[1]
-            columns = n_groups * self.group_size // 2, n_groups, n_groups
-            self.arrays = list(map(matvec.to_tiles, self.arrays, columns))
+        joined = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+        self.out, self.inputs = len(joined[0]), n_groups * self.group_size
+        columns = self.inputs * self.bits // 8, n_groups, n_groups
+        self.arrays = list(map(matvec.to_tiles, joined, columns))
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Return the product with one token, float32 `(in,)`, as `(out,)`."""
         if self.bits == 32:
             parts = [matvec.matvec_fp32(weight, x) for weight in self.arrays]
             return np.concatenate(parts) if len(parts) > 1 else parts[0]
-        if self.bits == 8:
-            return matvec.matvec_int8(*self.arrays, x, self.group_size)
-        if x.size < 2 * self.arrays[0].shape[1]:
-            x = np.pad(x, (0, 2 * self.arrays[0].shape[1] - x.size))
-        return matvec.matvec_int4(*self.arrays, x, self.group_size)[: self.out]
+        if x.size < self.inputs:
+            x = np.pad(x, (0, self.inputs - x.size))
+        codes, *grid = self.arrays
+        return matvec.matvec_packed(codes, self.bits, *grid, x, self.group_size)[: self.out]
 
 
 class Decoder(nn.Module):
     """A Llama-type model on the CPU that reads a prompt at once, and goes on token by token.
 
-    Attributes: `length`, the tokens that the cache holds; `nbytes`, what a step reads of weights.
-    """
+    `length` is what the cache holds, in tokens; `nbytes`, what a step reads of weights."""
 
     def __init__(self, model: nn.Module, max_length: int = 1024):
         """Take over a model, which goes on reading the prompts.
@@ -90,16 +85,13 @@ class Decoder(nn.Module):
         """
         super().__init__()
         self.model, self.config = model, getattr(model, "config", None)
-        kind, act = getattr(self.config, "model_type", None), getattr(self.config, "hidden_act", "")
-        if (kind, act) != ("llama", "silu"):
-            came = f"{kind or type(model).__name__} {act}".strip()
-            raise TypeError(f"model: the decoder knows Llama with SiLU, not {came}")
+        _check_model(model)
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, not {max_length}")
         base = model.model
         self.blocks = [_block(f"model.layers.{i}", x) for i, x in enumerate(base.layers)]
         self.norm, self.epsilon = base.norm.weight.detach().numpy(), self.config.rms_norm_eps
-        self.head, self.embedding = Product("lm_head", model.lm_head), base.embed_tokens
+        self.head = Product("lm_head", model.lm_head)
         cos, sin = base.rotary_emb(base.norm.weight, torch.arange(max_length)[None])
         self.cos, self.sin = cos[0].numpy(), sin[0].numpy()
         heads = self.config.num_key_value_heads, max_length, base.layers[0].self_attn.head_dim
@@ -108,10 +100,11 @@ class Decoder(nn.Module):
         products = [x for block in self.blocks for x in block if isinstance(x, Product)]
         self.nbytes = self.head.nbytes + sum(product.nbytes for product in products)
 
-    def _check(self, ids: Iterable[int], more: int) -> torch.Tensor:
+    def _check(self, ids: Sequence[int] | torch.Tensor, more: int) -> torch.Tensor:
         ids, room = torch.as_tensor(ids), self.keys.shape[2]
-        if ids.ndim != 1 or not len(ids) or ids.is_floating_point():
-            raise ValueError(f"ids must be a row of 1 token id or more, not {tuple(ids.shape)}")
+        if ids.ndim != 1 or not len(ids) or ids.dtype not in (torch.int32, torch.int64):
+            came = f"{ids.dtype} {tuple(ids.shape)}"
+            raise ValueError(f"ids must be a row of 1 token id or more, not {came}")
         if len(ids) + more > room:
             raise ValueError(
                 f"ids: {len(ids) + more} tokens do not fit into a cache of {room}; give Decoder a "
@@ -122,30 +115,27 @@ class Decoder(nn.Module):
         return ids
 
     @torch.inference_mode()
-    def prefill(self, ids: Iterable[int]) -> np.ndarray:
+    def prefill(self, ids: Sequence[int] | torch.Tensor) -> np.ndarray:
         """Read a prompt into an empty cache; return the logits after it, `(vocabulary,)`.
 
-        Raises:
-            ValueError: if the prompt is empty, too long for the cache, or holds an unknown id.
+        ValueError if the prompt is empty, too long for the cache, or holds an unknown id.
         """
         ids = self._check(ids, 0)
-        output = self.model(ids[None], use_cache=True, logits_to_keep=1)
-        for layer, keys, values in zip(
-            output.past_key_values.layers, self.keys, self.values, strict=True
-        ):
-            keys[:, : len(ids)], values[:, : len(ids)] = layer.keys[0], layer.values[0]
+        output = self.model.model(ids[None], use_cache=True)
+        for i, layer in enumerate(output.past_key_values.layers):
+            self.keys[i, :, : len(ids)] = layer.keys[0]
+            self.values[i, :, : len(ids)] = layer.values[0]
         self.length = len(ids)
-        return output.logits[0, -1].numpy()
+        return self.head(output.last_hidden_state[0, -1].numpy())
 
     @torch.inference_mode()
     def step(self, token: int) -> np.ndarray:
         """Read one more token through the kernels; return the logits after it, `(vocabulary,)`.
 
-        Raises:
-            ValueError: if the cache is full, or the id is unknown.
+        ValueError if the cache is full, or the id unknown.
         """
         at, width = self.length, self.keys.shape[3]
-        x = self.embedding(self._check([token], at))[0].numpy()
+        x = self.model.model.embed_tokens(self._check([token], at))[0].numpy()
         for (norm, qkv, out, mlp_norm, gate_up, down), *cache in zip(
             self.blocks, self.keys, self.values, strict=True
         ):
@@ -155,7 +145,7 @@ class Decoder(nn.Module):
         self.length += 1
         return self.head(matvec.rms_norm(x, self.norm, self.epsilon))
 
-    def generate(self, ids: Iterable[int], n_tokens: int) -> list[int]:
+    def generate(self, ids: Sequence[int] | torch.Tensor, n_tokens: int) -> list[int]:
         """Continue a prompt greedily by `n_tokens`, 1 or more; return the new ids."""
         if n_tokens < 1:
             raise ValueError(f"n_tokens must be at least 1, not {n_tokens}")
@@ -171,6 +161,19 @@ class Decoder(nn.Module):
             self.length = 0
             logits.append(torch.stack([torch.from_numpy(self.step(token)) for token in window]))
         return torch.stack(logits)
+
+
+def _check_model(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    kind, act = getattr(config, "model_type", None), getattr(config, "hidden_act", "")
+    if (kind, act) != ("llama", "silu") or not hasattr(model, "lm_head"):
+        came = f"{type(model).__name__} {act}".strip()
+        raise TypeError(f"model: the decoder knows LlamaForCausalLM with SiLU, not {came}")
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise TypeError(f"model: the decoder knows no rotation that depends on length ({rope})")
+    if (dtype := model.model.norm.weight.dtype) != torch.float32:
+        raise TypeError(f"model must be float32, not {dtype}; call model.float()")
 
 
 def _block(name: str, block: nn.Module) -> tuple:

@@ -60,15 +60,13 @@ class PackedLinear(nn.Module):
 
     def dequantized(self) -> torch.Tensor:
         """Return the weight `(out, in)` in float32."""
-        if self.bits in (4, 8) and self.codes.device.type == "cpu":  # the quick way, same values
-            from labkit.matvec import dequantize_rows
+        from labkit.matvec import dequantize_rows  # brings Numba, which takes a moment
 
-            grid, size = self.grid(), self.group_size
-            rows = dequantize_rows(self.codes.numpy(), self.bits, *grid, size, self.inputs)
-            return torch.from_numpy(rows)
-        codes = quant.unpack_bits(self.codes, self.bits, self.inputs)
-        zero_point = 2 ** (self.bits - 1) if self.symmetric else self.zero_point.float()
-        return quant.dequantize_groups(codes, self.scale.float(), zero_point, self.group_size)
+        bits, codes = self.bits, self.codes
+        if bits not in (4, 8):
+            bits, codes = 8, quant.unpack_bits(codes, bits, self.inputs)
+        size, grid = self.group_size, self.grid()
+        return torch.from_numpy(dequantize_rows(codes.numpy(), bits, *grid, size, self.inputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.dequantized().to(x.dtype), self.bias)

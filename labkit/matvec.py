@@ -22,43 +22,6 @@ def matvec_fp32(weight, x):
     return y
 
 
-@njit(cache=True)
-def group_sums(x, n_groups, group_size):
-    """Return the sum of x over each group of inputs: what a zero point is multiplied by."""
-    sums = np.empty(n_groups, np.float32)
-    for group in range(n_groups):
-        sums[group] = x[group * group_size : (group + 1) * group_size].sum()
-    return sums
-
-
-@njit(parallel=True, fastmath={"reassoc", "contract"}, cache=True)
-def matvec_int8(codes, scale, zero_point, x, group_size):
-    """Multiply an INT8 weight with x, and never write the weight out in float.
-
-    Args:
-        codes: uint8 `(out, in)`.
-        scale, zero_point: float32 and uint8 `(out, n_groups)`; the last group may be shorter.
-        x: float32 `(in,)`.
-        group_size: inputs that share a scale.
-
-    Returns:
-        float32 `(out,)`.
-    """
-    sums = group_sums(x, scale.shape[1], group_size)
-    y = np.empty(len(codes), np.float32)
-    for row in prange(len(codes)):
-        total = np.float32(0)
-        for group in range(sums.size):
-            some_codes = codes[row, group * group_size : (group + 1) * group_size]
-            some_x = x[group * group_size : (group + 1) * group_size]
-            dot = np.float32(0)
-            for i in range(some_codes.size):
-                dot += np.float32(some_codes[i]) * some_x[i]
-            total += scale[row, group] * (dot - np.float32(zero_point[row, group]) * sums[group])
-        y[row] = total
-    return y
-
-
 def to_tiles(rows: np.ndarray, columns: int) -> np.ndarray:
     """Lay 64 rows side by side: `(out, n)` to `(n_tiles, columns, 64)`, filled up with zeros."""
     out, n = rows.shape
@@ -67,33 +30,40 @@ def to_tiles(rows: np.ndarray, columns: int) -> np.ndarray:
 
 
 @njit(parallel=True, fastmath={"reassoc", "contract"}, cache=True)
-def matvec_int4(codes, scale, zero_point, x, group_size):
-    """Multiply an INT4 weight with x: the 64 rows of a tile at once, four inputs at a time.
+def matvec_packed(codes, bits, scale, zero_point, x, group_size):
+    """Multiply a weight of 8 or 4 bits with x: the 64 rows of a tile at once, 4 inputs at a time.
 
     Args:
-        codes: uint8 `(n_tiles, n_groups · group_size / 2, 64)`: two inputs a byte, `to_tiles`.
+        codes: uint8 `(n_tiles, n_groups · group_size · bits / 8, 64)`, see `to_tiles`.
+        bits: 8, or 4: two inputs a byte, the first in the low half.
         scale, zero_point: float32 and uint8 `(n_tiles, n_groups, 64)`.
         x: float32 `(n_groups · group_size,)`, filled up with zeros.
-        group_size: a multiple of 4.
+        group_size: inputs that share a scale, a multiple of 4.
 
     Returns:
         float32 `(n_tiles · 64,)`.
     """
-    sums = group_sums(x, scale.shape[1], group_size)
     y = np.empty((len(codes), TILE), np.float32)
+    sums = x.reshape(-1, group_size).sum(1)  # of each group: what a zero point multiplies
     for tile in prange(len(codes)):
         total, dots = np.zeros(TILE, np.float32), np.empty(TILE, np.float32)
         for group in range(sums.size):
             dots[:] = 0
             for i in range(group * group_size, (group + 1) * group_size, 4):
-                first, second = codes[tile, i // 2], codes[tile, i // 2 + 1]
-                for row in range(TILE):
-                    dots[row] += (
-                        np.float32(np.uint8(first[row] & 15)) * x[i]
-                        + np.float32(np.uint8(first[row] >> 4)) * x[i + 1]
-                        + np.float32(np.uint8(second[row] & 15)) * x[i + 2]
-                        + np.float32(np.uint8(second[row] >> 4)) * x[i + 3]
-                    )
+                x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+                first = i * bits // 8
+                a, b = codes[tile, first], codes[tile, first + 1]
+                if bits == 8:
+                    c, d = codes[tile, first + 2], codes[tile, first + 3]
+                    for row in range(TILE):
+                        dots[row] += np.float32(a[row]) * x0 + np.float32(b[row]) * x1
+                        dots[row] += np.float32(c[row]) * x2 + np.float32(d[row]) * x3
+                else:
+                    for row in range(TILE):
+                        low, high = np.uint8(a[row] & 15), np.uint8(a[row] >> 4)
+                        dots[row] += np.float32(low) * x0 + np.float32(high) * x1
+                        low, high = np.uint8(b[row] & 15), np.uint8(b[row] >> 4)
+                        dots[row] += np.float32(low) * x2 + np.float32(high) * x3
             for row in range(TILE):
                 shift = np.float32(zero_point[tile, group, row]) * sums[group]
                 total[row] += scale[tile, group, row] * (dots[row] - shift)
@@ -105,14 +75,17 @@ def matvec_int4(codes, scale, zero_point, x, group_size):
 def dequantize_rows(codes, bits, scale, zero_point, group_size, inputs):
     """Write a packed weight out: uint8 `(out, bytes)` of 8 or 4 bits to float32 `(out, inputs)`."""
     weight = np.empty((len(codes), inputs), np.float32)
-    per_byte = 8 // bits
     for row in prange(len(codes)):
-        for i in range(inputs):
-            group = i // group_size
-            code = (codes[row, i // per_byte] >> (i % per_byte * 4)) & (2**bits - 1)
-            weight[row, i] = (np.float32(np.uint8(code)) - zero_point[row, group]) * scale[
-                row, group
-            ]
+        for group in range(scale.shape[1]):
+            zero, step = np.float32(zero_point[row, group]), scale[row, group]
+            first, last = group * group_size, min((group + 1) * group_size, inputs)
+            some_codes, some_weights = codes[row, first:last], weight[row, first:last]
+            for i in range(some_weights.size):
+                if bits == 8:
+                    code = some_codes[i]
+                else:
+                    code = (codes[row, (first + i) >> 1] >> (4 * ((first + i) & 1))) & 15
+                some_weights[i] = (np.float32(np.uint8(code)) - zero) * step
     return weight
 
 
@@ -139,10 +112,6 @@ def attend(rows, cos, sin, keys, values, position):
         rows: float32 `(heads + 2 · kv_heads, width)`: queries, keys, values; changed in place.
         cos, sin: float32 `(width,)`, the rotation at this position.
         keys, values: float32 `(kv_heads, max_length, width)`, filled before `position`.
-        position: of this token.
-
-    Returns:
-        float32 `(heads · width,)`.
     """
     kv_heads, _, width = keys.shape
     heads, half = len(rows) - 2 * kv_heads, width // 2

@@ -124,30 +124,6 @@ def allocate(
     return {name: bits for (name, bits), x in zip(choices, result.x, strict=True) if x > 0.5}
 
 
-def allocate_greedily(
-    costs: dict[str, dict[int, float]], nbytes: dict[str, dict[int, int]], budget: int
-) -> dict[str, int]:
-    """Choose a width for each layer, step by step: most cost saved for each byte first.
-
-    Args, returns, errors: as of `allocate`.
-    """
-    _check_budget(costs, nbytes, budget)
-    chosen = {name: min(nbytes[name], key=nbytes[name].get) for name in costs}
-    left = budget - sum(nbytes[name][bits] for name, bits in chosen.items())
-    while True:
-        rates = {}
-        for name, now in chosen.items():
-            for bits, cost in costs[name].items():
-                price = nbytes[name][bits] - nbytes[name][now]
-                if 0 < price <= left and cost < costs[name][now]:
-                    rates[name, bits] = (costs[name][now] - cost) / price
-        if not rates:
-            return chosen
-        name, bits = max(rates, key=rates.get)
-        left -= nbytes[name][bits] - nbytes[name][chosen[name]]
-        chosen[name] = bits
-
-
 def _check_budget(costs: dict, nbytes: dict, budget: int) -> None:
     if {name: set(row) for name, row in costs.items()} != {n: set(r) for n, r in nbytes.items()}:
         raise ValueError("costs and nbytes must hold the same layers and widths")

@@ -9,12 +9,9 @@ from torch import nn
 
 from labkit.measure import check_ids
 from labkit.quant import (
-    choose_qparams,
-    dequantize,
     dequantize_groups,
     gptq,
     group_qparams,
-    quantize,
     quantize_groups,
 )
 
@@ -110,27 +107,6 @@ def _recorder(sums: dict[str, list], name: str):
         sums[name] = [old[0] + new[0], torch.maximum(old[1], new[1]), old[2] + new[2]]
 
     return record
-
-
-def histogram_range(
-    x: torch.Tensor, bits: int, n_bins: int = 2048, steps: int = 24
-) -> torch.Tensor:
-    """Return the range `(low, high)` with the least squared error, searched on a histogram of `x`.
-
-    Args:
-        x: activations of any shape, float32 and finite.
-        bits: width of an asymmetric code.
-        n_bins, steps: of the histogram, and of the search at each end.
-    """
-    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
-    counts = torch.histc(x, n_bins, low.item(), high.item())
-    centers = low + (high - low) * (torch.arange(n_bins) + 0.5) / n_bins
-    shrinks = torch.logspace(0, -1.7, steps)
-    ends = torch.cartesian_prod(low * shrinks, high * shrinks)  # every pair, (steps², 2)
-    scale, zero_point = choose_qparams(ends, bits, dim=-1)
-    codes = quantize(centers.expand(len(ends), -1), scale, zero_point, bits)
-    errors = (dequantize(codes, scale, zero_point) - centers).square() @ counts
-    return ends[errors.argmin()]
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ def quantize(
 
     Returns:
         Codes shaped like `x`: int8 when symmetric, uint8 otherwise. One code a byte: see
-        `pack_int4` for two.
+        `pack_bits` for less.
 
     Raises:
         TypeError, ValueError: see `check_input`; ValueError too if a scale is not positive.
@@ -299,26 +299,8 @@ def gptq(
     return codes[order.argsort()].T.contiguous().to(torch.int8 if symmetric else torch.uint8)
 
 
-def pack_int4(codes: torch.Tensor) -> torch.Tensor:
-    """Put two 4-bit codes into each byte, the first of a pair in the low half.
-
-    Args:
-        codes: uint8 tensor `(..., n)`, n even, values 0 to 15, else TypeError or ValueError.
-
-    Returns:
-        uint8 tensor `(..., n / 2)`.
-    """
-    if codes.dtype != torch.uint8:
-        raise TypeError(f"codes must be uint8, not {codes.dtype}; add 8 to signed codes first")
-    if codes.shape[-1] % 2:
-        raise ValueError(f"codes: the last dimension must be even, not {codes.shape[-1]}; pad it")
-    if (codes > 15).any():
-        raise ValueError(f"codes must be from 0 to 15, not {int(codes.max())}")
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
-
-
 def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
-    """Undo `pack_int4`: uint8 `(..., n)`, else TypeError, to uint8 `(..., 2 n)`, 0 to 15."""
+    """Return the 4-bit codes `(..., 2 n)` of uint8 `(..., n)`, the low half of a byte first."""
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed must be uint8, not {packed.dtype}")
     return torch.stack([packed & 0x0F, packed >> 4], dim=-1).flatten(-2)
@@ -335,7 +317,7 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
         uint8 `(..., ceil(n · bits / 8))`; the lowest bit of the first code is bit 0 of byte 0.
     """
     if bits == 8 or (bits == 4 and codes.shape[-1] % 2 == 0):  # the common widths, quicker
-        return codes if bits == 8 else pack_int4(codes)
+        return codes if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
     digits = (codes.numpy()[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
     flat = digits.reshape(*codes.shape[:-1], -1)
     return torch.from_numpy(np.packbits(flat, axis=-1, bitorder="little"))

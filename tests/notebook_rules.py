@@ -71,6 +71,14 @@ def headings(notebook) -> list[tuple[int, str]]:
     return [(len(signs), title) for signs, title in found]
 
 
+def taught(notebook: str, function: str) -> str:
+    """Return the source of a function that a notebook defines and labkit does not."""
+    cells = code_cells(nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", as_version=4))
+    parts = [node for cell in cells for node in syntax_tree(cell).body]
+    (found,) = [ast.unparse(node) for node in parts if getattr(node, "name", "") == function]
+    return found
+
+
 def chapter1_explorer() -> str:
     """Return the code of chapter 1's explorer, which runs wherever there is a `weight`."""
     cells = code_cells(nbformat.read(ROOT / "notebooks" / "01_basics.ipynb", as_version=4))

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from notebook_rules import taught
 
 import labkit as lk
 from labkit import mixed
 from labkit.kernels import PackedLinear
-from labkit.quant import pack_bits, pack_int4, unpack_bits
+from labkit.quant import pack_bits, unpack_bits
 
 
 @pytest.fixture(scope="module")
@@ -89,35 +90,42 @@ def test_integer_program_equals_brute_force(instance):
         choice = dict(zip(costs, widths, strict=True))
         if sum(nbytes[name][b] for name, b in choice.items()) <= budget:
             best = min(best, sum(costs[name][b] for name, b in choice.items()))
-    for method in (mixed.allocate, mixed.allocate_greedily):
-        chosen = method(costs, nbytes, budget)
-        assert list(chosen) == list(costs)
-        assert sum(nbytes[name][b] for name, b in chosen.items()) <= budget
-        found = sum(costs[name][b] for name, b in chosen.items())
-        if method is mixed.allocate:
-            assert found == pytest.approx(best, rel=1e-5, abs=1e-6)
-        else:
-            assert found >= best - 1e-12
+    chosen = mixed.allocate(costs, nbytes, budget)
+    assert list(chosen) == list(costs)
+    assert sum(nbytes[name][b] for name, b in chosen.items()) <= budget
+    found = sum(costs[name][b] for name, b in chosen.items())
+    assert found == pytest.approx(best, rel=2e-4, abs=1e-6)
 
 
-def test_greedy_can_miss_the_best_choice():
+@given(instances())
+def test_greedy_of_chapter_4_stays_within_the_budget_and_never_beats_the_program(instance):
+    costs, nbytes, budget = instance
+    namespace = {}
+    exec(taught("04_mixed_precision", "allocate_greedily"), namespace)
+    chosen = namespace["allocate_greedily"](costs, nbytes, budget)
+    best = mixed.allocate(costs, nbytes, budget)
+    totals = [sum(costs[name][b] for name, b in x.items()) for x in (chosen, best)]
+    assert list(chosen) == list(costs)
+    assert sum(nbytes[name][b] for name, b in chosen.items()) <= budget
+    assert totals[0] >= totals[1] * (1 - 2e-4) - 1e-6
+
+
+def test_the_best_choice_is_not_the_most_gain_for_each_byte():
     costs = {"a": {3: 10.0, 8: 0.0}, "b": {3: 6.0, 8: 0.0}, "c": {3: 6.0, 8: 0.0}}
     nbytes = {"a": {3: 0, 8: 6}, "b": {3: 0, 8: 5}, "c": {3: 0, 8: 5}}
     assert mixed.allocate(costs, nbytes, 10) == {"a": 3, "b": 8, "c": 8}
-    assert mixed.allocate_greedily(costs, nbytes, 10) == {"a": 8, "b": 3, "c": 3}
 
 
-@pytest.mark.parametrize("method", [mixed.allocate, mixed.allocate_greedily])
-def test_a_budget_too_small_names_the_smallest_that_does(method):
+def test_a_budget_too_small_names_the_smallest_that_does():
     costs = {"a": {3: 1.0, 8: 0.1}, "b": {3: 1.0, 8: 0.1}}
     nbytes = {"a": {3: 30, 8: 80}, "b": {3: 15, 8: 40}}
     with pytest.raises(ValueError, match="no choice fits into 44 bytes; the smallest is 45"):
-        method(costs, nbytes, 44)
-    assert method(costs, nbytes, 45) == {"a": 3, "b": 3}
+        mixed.allocate(costs, nbytes, 44)
+    assert mixed.allocate(costs, nbytes, 45) == {"a": 3, "b": 3}
     with pytest.raises(ValueError, match="same layers and widths"):
-        method(costs, {"a": nbytes["a"]}, 100)
+        mixed.allocate(costs, {"a": nbytes["a"]}, 100)
     with pytest.raises(ValueError, match="costs must be finite"):
-        method({"a": {3: math.nan, 8: 0.1}, "b": costs["b"]}, nbytes, 100)
+        mixed.allocate({"a": {3: math.nan, 8: 0.1}, "b": costs["b"]}, nbytes, 100)
 
 
 # Packing
@@ -131,11 +139,6 @@ def test_codes_of_any_width_survive_packing(bits, values):
     assert torch.equal(unpack_bits(packed, bits, len(values)), codes)
     number = sum(int(code) << (bits * i) for i, code in enumerate(codes[0].tolist()))
     assert bytes(packed[0].tolist()) == number.to_bytes(packed.shape[1], "little")
-
-
-def test_four_bits_pack_as_chapter_1_packs_them():
-    codes = torch.arange(32, dtype=torch.uint8).view(2, 16) % 16
-    assert torch.equal(pack_bits(codes, 4), pack_int4(codes))
 
 
 @pytest.mark.parametrize(("inputs", "group_size"), [(64, 64), (100, 64), (37, 16)])
