@@ -339,7 +339,7 @@ def dot_by_bytes(packed, scale, zero_point, x, group_size):
     return total
 
 
-# 5.4 ------------------------------------------------------------------------------------------
+# 5.5 ------------------------------------------------------------------------------------------
 
 
 class _Machine:
@@ -555,7 +555,7 @@ def speedup_from_stamps(slow, fast, clock, repeats):
     return float(np.divide(*np.median(steps, axis=0)))
 
 
-# 5.5 ------------------------------------------------------------------------------------------
+# 5.4 ------------------------------------------------------------------------------------------
 
 
 def _attention_cases():
@@ -715,14 +715,14 @@ EXERCISES = (
         _WRONG_DOT, (dot_by_groups, dot_by_bytes),
     ),
     Exercise(
-        "5.4", "Bug hunt: twice as fast?", 2, 15, ("speedup",), _check_speedup,
+        "5.4", "Attention from a cache", 3, 25, ("attend_one",), _check_attention,
+        "This is all that attention does for a new token; the rest is reading the cache.",
+        _WRONG_ATTENTION, (attention_by_reshaping, attention_online),
+    ),
+    Exercise(
+        "5.5", "Bug hunt: twice as fast?", 2, 15, ("speedup",), _check_speedup,
         "Warm up, call in turn, take the median: then a ratio says something about the code.",
         _WRONG_SPEEDUP, (speedup_fast_first, speedup_from_stamps),
         broken=broken_speedup,
-    ),
-    Exercise(
-        "5.5", "Attention from a cache", 3, 25, ("attend_one",), _check_attention,
-        "This is all that attention does for a new token; the rest is reading the cache.",
-        _WRONG_ATTENTION, (attention_by_reshaping, attention_online),
     ),
 )  # fmt: skip
