@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+from pathlib import Path
 
 # torchao logs kernels that its wheel does not carry, and a deprecation of its own, when imported
 # (transformers imports it too). Nothing a reader could act on.
@@ -19,18 +20,7 @@ _NAMES = {
     "plotting": ("subplots", "show", "COLORS", "MARKERS", "HATCHES"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-_MODULES = {
-    *_HOME.values(),
-    "decoder",
-    "formats",
-    "kernels",
-    "matvec",
-    "mixed",
-    "ptq",
-    "qat",
-    "quant",
-    "widgets",
-}
+_MODULES = {path.stem for path in Path(__file__).parent.glob("[a-z]*.py")} | {"checks"}
 
 __all__ = sorted({*_HOME, *_MODULES})
 

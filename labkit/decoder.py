@@ -42,19 +42,20 @@ class Product:
         if len(grids) > 1:
             raise ValueError(f"{name}: layers must share bits and groups, not {sorted(grids)}")
         ((self.bits, self.group_size, inputs),) = grids
-        n_groups = -(-inputs // self.group_size)
-        if n_groups == 1:  # a row: filled up to the four inputs of a step
-            self.group_size = -(-inputs // 4) * 4
-        if self.bits not in (4, 8) or self.group_size % 4:
+        n_groups, per_word = -(-inputs // self.group_size), 32 // self.bits
+        if n_groups == 1:  # a row: filled up to whole words
+            self.group_size = -(-inputs // per_word) * per_word
+        if self.bits not in (4, 8) or self.group_size % per_word:
             raise ValueError(
-                f"{name}: kernels know 4 and 8 bits, in groups of a multiple of 4 or a row; not "
-                f"{self.bits} bits in groups of {self.group_size}"
+                f"{name}: kernels know 4 bits in groups of a multiple of 8, 8 bits in groups of a "
+                f"multiple of 4, or a row; not {self.bits} bits in groups of {self.group_size}"
             )
         parts = [(layer.codes.numpy(), *layer.grid()) for layer in layers]
         joined = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
         self.out, self.inputs = len(joined[0]), n_groups * self.group_size
-        columns = self.inputs * self.bits // 8, n_groups, n_groups
-        self.arrays = list(map(matvec.to_tiles, joined, columns))
+        gap = self.inputs * self.bits // 8 - joined[0].shape[1]
+        joined[0] = np.pad(joined[0], ((0, 0), (0, gap))).view("<u4")
+        self.arrays = list(map(matvec.to_tiles, joined))
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Return the product with one token, float32 `(in,)`, as `(out,)`."""
@@ -63,8 +64,8 @@ class Product:
             return np.concatenate(parts) if len(parts) > 1 else parts[0]
         if x.size < self.inputs:
             x = np.pad(x, (0, self.inputs - x.size))
-        codes, *grid = self.arrays
-        return matvec.matvec_packed(codes, self.bits, *grid, x, self.group_size)[: self.out]
+        words, *grid = self.arrays
+        return matvec.matvec_packed(words, self.bits, *grid, x, self.group_size)[: self.out]
 
 
 class Decoder(nn.Module):

@@ -22,48 +22,69 @@ def matvec_fp32(weight, x):
     return y
 
 
-def to_tiles(rows: np.ndarray, columns: int) -> np.ndarray:
-    """Lay 64 rows side by side: `(out, n)` to `(n_tiles, columns, 64)`, filled up with zeros."""
-    out, n = rows.shape
-    padded = np.pad(rows, ((0, -out % TILE), (0, columns - n)))
-    return np.ascontiguousarray(padded.reshape(-1, TILE, columns).transpose(0, 2, 1))
+def to_tiles(rows: np.ndarray) -> np.ndarray:
+    """Lay 64 rows side by side: `(out, n)` to `(n_tiles, n, 64)`, filled up with zeros."""
+    padded = np.pad(rows, ((0, -len(rows) % TILE), (0, 0)))
+    return np.ascontiguousarray(padded.reshape(-1, TILE, rows.shape[1]).transpose(0, 2, 1))
+
+
+@njit(cache=True)
+def part(word, mask):
+    """Return what the mask leaves of a word of 32 bits, as float32; the mask is below 2^31."""
+    return np.float32(np.int32(word & np.uint32(mask)))
+
+
+@njit(fastmath={"reassoc", "contract"}, cache=True)
+def add_8_bits(dots, word, x):
+    """Add a word of 4 codes a row, times x `(4,)`, to the dots `(64,)`."""
+    x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
+    for row in range(TILE):
+        w = word[row]
+        dots[row] += part(w, 0xFF) * x0 + part(w, 0xFF00) * x1
+        dots[row] += part(w, 0xFF0000) * x2 + part(w >> np.uint32(24), 0xFF) * x3
+
+
+@njit(fastmath={"reassoc", "contract"}, cache=True)
+def add_4_bits(dots, word, x):
+    """Add a word of 8 codes a row, times x `(8,)`, to the dots `(64,)`."""
+    x0, x1, x2, x3, x4, x5, x6, x7 = x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]
+    for row in range(TILE):
+        w = word[row]
+        dots[row] += part(w, 0xF) * x0 + part(w, 0xF0) * x1
+        dots[row] += part(w, 0xF00) * x2 + part(w, 0xF000) * x3
+        dots[row] += part(w, 0xF0000) * x4 + part(w, 0xF00000) * x5
+        dots[row] += part(w, 0xF000000) * x6 + part(w >> np.uint32(28), 0xF) * x7
 
 
 @njit(parallel=True, fastmath={"reassoc", "contract"}, cache=True)
-def matvec_packed(codes, bits, scale, zero_point, x, group_size):
-    """Multiply a weight of 8 or 4 bits with x: the 64 rows of a tile at once, 4 inputs at a time.
+def matvec_packed(words, bits, scale, zero_point, x, group_size):
+    """Multiply a weight of 8 or 4 bits with x: the 64 rows of a tile at once, a word at a time.
 
     Args:
-        codes: uint8 `(n_tiles, n_groups · group_size · bits / 8, 64)`, see `to_tiles`.
-        bits: 8, or 4: two inputs a byte, the first in the low half.
+        words: uint32 `(n_tiles, n_groups · group_size · bits / 32, 64)`, see `to_tiles`: 4 or 8
+            consecutive inputs, the first in the lowest bits.
+        bits: 8 or 4.
         scale, zero_point: float32 and uint8 `(n_tiles, n_groups, 64)`.
         x: float32 `(n_groups · group_size,)`, filled up with zeros.
-        group_size: inputs that share a scale, a multiple of 4.
+        group_size: inputs that share a scale, a multiple of 32 / bits.
 
     Returns:
         float32 `(n_tiles · 64,)`.
     """
-    y = np.empty((len(codes), TILE), np.float32)
+    y, per_word = np.empty((len(words), TILE), np.float32), 32 // bits
     sums = x.reshape(-1, group_size).sum(1)  # of each group: what a zero point multiplies
-    for tile in prange(len(codes)):
+    places = np.float32(2) ** (-bits * np.arange(per_word))  # of a masked code in its word
+    places[-1] = 1  # the last one is shifted down
+    x = x.reshape(-1, per_word) * places.astype(np.float32)
+    for tile in prange(len(words)):
         total, dots = np.zeros(TILE, np.float32), np.empty(TILE, np.float32)
         for group in range(sums.size):
             dots[:] = 0
-            for i in range(group * group_size, (group + 1) * group_size, 4):
-                x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
-                first = i * bits // 8
-                a, b = codes[tile, first], codes[tile, first + 1]
+            for i in range(group * group_size // per_word, (group + 1) * group_size // per_word):
                 if bits == 8:
-                    c, d = codes[tile, first + 2], codes[tile, first + 3]
-                    for row in range(TILE):
-                        dots[row] += np.float32(a[row]) * x0 + np.float32(b[row]) * x1
-                        dots[row] += np.float32(c[row]) * x2 + np.float32(d[row]) * x3
+                    add_8_bits(dots, words[tile, i], x[i])
                 else:
-                    for row in range(TILE):
-                        low, high = np.uint8(a[row] & 15), np.uint8(a[row] >> 4)
-                        dots[row] += np.float32(low) * x0 + np.float32(high) * x1
-                        low, high = np.uint8(b[row] & 15), np.uint8(b[row] >> 4)
-                        dots[row] += np.float32(low) * x2 + np.float32(high) * x3
+                    add_4_bits(dots, words[tile, i], x[i])
             for row in range(TILE):
                 shift = np.float32(zero_point[tile, group, row]) * sums[group]
                 total[row] += scale[tile, group, row] * (dots[row] - shift)

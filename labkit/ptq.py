@@ -8,12 +8,7 @@ import torch
 from torch import nn
 
 from labkit.measure import check_ids
-from labkit.quant import (
-    dequantize_groups,
-    gptq,
-    group_qparams,
-    quantize_groups,
-)
+from labkit.quant import dequantize_groups, gptq, group_qparams, quantize_groups
 
 # The linear layers of a block by what enters them, and the layer whose output that is. The input of
 # o_proj has no entry there: with shared value heads, no factor for each channel goes back into one.

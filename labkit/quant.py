@@ -299,13 +299,6 @@ def gptq(
     return codes[order.argsort()].T.contiguous().to(torch.int8 if symmetric else torch.uint8)
 
 
-def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
-    """Return the 4-bit codes `(..., 2 n)` of uint8 `(..., n)`, the low half of a byte first."""
-    if packed.dtype != torch.uint8:
-        raise TypeError(f"packed must be uint8, not {packed.dtype}")
-    return torch.stack([packed & 0x0F, packed >> 4], dim=-1).flatten(-2)
-
-
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack codes of any width without gaps; each row begins with a new byte.
 
@@ -326,7 +319,8 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack_bits(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
     """Return the codes `(..., n)` that `pack_bits` packed, uint8."""
     if bits in (4, 8):
-        return packed if bits == 8 else unpack_int4(packed)[..., :n]
+        halves = [packed & 0x0F, packed >> 4] if bits == 4 else [packed]
+        return torch.stack(halves, dim=-1).flatten(-2)[..., :n]
     flat = np.unpackbits(packed.numpy(), axis=-1, count=n * bits, bitorder="little")
     digits = flat.reshape(*packed.shape[:-1], n, bits)
     return torch.from_numpy(np.packbits(digits, axis=-1, bitorder="little")[..., 0])
