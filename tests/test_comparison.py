@@ -1,0 +1,143 @@
+"""Chapter 6: the sweep survives a kill, and runs on a cluster; every claim has a verdict."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import joblib
+import nbformat
+import pytest
+from notebook_rules import code_cells, syntax_tree, taught
+from tqdm.auto import tqdm
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+CHAPTER = "06_comparison"
+# The claims that the book set out to settle.
+CLAIMS = """
+    storage-75 speed-2-4x dynamic-instant static-faster calibration-needed ptq-small-loss
+    attention-sensitive qat-best qat-costly dynamic-complex dynamic-rnn-cnn dynamic-shift
+    mixed-near-float amp-free gpu-fp16-cpu-int8 small-model-overhead combine-ptq-qat
+    combine-mixed-dynamic prune-then-quantize distil-then-quantize sensitive-tasks
+"""
+TASKS = [{"model": "tiny", "bits": bits, "seed": 0} for bits in (8, 4, 3, 2)]
+SCORE = """
+def score(task):
+    import labkit as lk
+    from labkit import mixed
+
+    model, tokenizer = lk.load_model(task["model"], device="cpu")
+    mixed.pack_layers(model, dict.fromkeys(mixed.layer_names(model), task["bits"]))
+    nats = lk.perplexity(model, lk.windows(tokenizer, "eval", 4, 64)).window_nats
+    return {"task": task, "window_nats": nats.tolist()}
+"""
+
+
+@pytest.fixture
+def sweep():
+    namespace = {"joblib": joblib, "json": json, "Path": Path, "tqdm": tqdm}
+    exec(taught(CHAPTER, "sweep"), namespace)
+    return namespace["sweep"]
+
+
+@pytest.fixture
+def score():
+    namespace = {}  # not a module: so it travels to the workers by value
+    exec(SCORE, namespace)
+    return namespace["score"]
+
+
+def test_a_cluster_gives_the_same_records(sweep, score, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    here = sweep(score, TASKS, tmp_path / "here.jsonl")
+    cluster = distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=str(tmp_path)
+    )
+    with cluster, distributed.Client(cluster), joblib.parallel_config(backend="dask"):
+        there = sweep(score, TASKS, tmp_path / "there.jsonl")
+    bits = [record["task"]["bits"] for record in here]
+    assert bits == [8, 4, 3, 2]
+    there = sorted(there, key=lambda record: bits.index(record["task"]["bits"]))
+    assert [record["task"] for record in there] == TASKS
+    for a, b in zip(here, there, strict=True):  # other threads, other order of sums
+        assert a["window_nats"] == pytest.approx(b["window_nats"], abs=1e-4)
+
+
+def test_a_killed_sweep_repeats_nothing_and_loses_nothing(sweep, tmp_path):
+    path, log = tmp_path / "night.jsonl", tmp_path / "log.txt"
+    script = f"""
+        import json, os, joblib
+        from pathlib import Path
+        from tqdm.auto import tqdm
+
+        def run(task):
+            with open({str(log)!r}, "a") as file:
+                file.write(f"{{task['seed']}}\\n")
+            if task["seed"] == 3 and not Path({str(path)!r} + ".again").exists():
+                os._exit(9)  # as a killed process ends: nothing is cleaned up
+            return {{"task": task, "square": task["seed"] ** 2}}
+    """
+    call = f"sweep(run, [{{'seed': s}} for s in range(6)], {str(path)!r})"
+    program = f"{textwrap.dedent(script)}\n{taught(CHAPTER, 'sweep')}\n{call}\n"
+    first = subprocess.run([sys.executable, "-c", program], capture_output=True)
+    assert first.returncode == 9
+    kept = path.read_text().splitlines()
+    assert [json.loads(line)["square"] for line in kept] == [0, 1, 4]
+    path.write_text("\n".join([*kept, '{"task": {"seed": 3}, "squ']))  # half a line
+    Path(f"{path}.again").touch()
+    second = subprocess.run([sys.executable, "-c", program], capture_output=True)
+    assert second.returncode == 0, second.stderr.decode()
+    squares = [json.loads(line)["square"] for line in path.read_text().splitlines()]
+    assert squares == [0, 1, 4, 9, 16, 25]
+    assert log.read_text().split() == ["0", "1", "2", "3", "3", "4", "5"]
+
+
+def test_a_broken_line_inside_a_record_is_an_error(sweep, tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"task": {"se\n{"task": {"seed": 1}}\n')
+    with pytest.raises(json.JSONDecodeError):
+        sweep(dict, [{"seed": 1}], path)
+    assert path.read_text().count("\n") == 2
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    cells = code_cells(nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4))
+    namespace = {}
+    for cell in cells:
+        if cell.source.startswith(("EVIDENCE = {", "HOLDS_WHEN = {")):
+            exec(cell.source, namespace)
+    return namespace
+
+
+def test_every_claim_of_the_book_has_a_verdict(verdicts):
+    assert list(verdicts["EVIDENCE"]) == CLAIMS.split()
+    assert not verdicts["HOLDS_WHEN"].keys() & verdicts["DOES_NOT_HOLD"].keys()
+    assert verdicts["HOLDS_WHEN"].keys() | verdicts["DOES_NOT_HOLD"].keys() < set(CLAIMS.split())
+
+
+def test_what_a_verdict_names_was_executed(verdicts):
+    executed = set()
+    for path in NOTEBOOKS.glob("0*.ipynb"):
+        stored = nbformat.read(path, as_version=4)
+        printed = "".join(o.get("text", "") for c in code_cells(stored) for o in c.outputs)
+        executed |= set(re.findall(r"^✓ (.+?): ", printed, flags=re.MULTILINE))
+    to_come = [id for id, named in verdicts["EVIDENCE"].items() if not named]
+    assert set(" ".join(verdicts["EVIDENCE"].values()).split()) <= executed
+    assert not to_come or not list(NOTEBOOKS.glob("07_*.ipynb")), f"chapter 7 settles {to_come}"
+
+
+def test_the_record_holds_every_strategy_once():
+    cells = code_cells(nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4))
+    (table,) = [c for c in cells if c.source.lstrip("#").find("STRATEGIES = {") >= 0]
+    named = next(
+        node.value
+        for node in syntax_tree(table).body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "STRATEGIES"
+    )
+    lines = (NOTEBOOKS / "records" / "06_smollm2.jsonl").read_text(encoding="utf8").splitlines()
+    recorded = [json.loads(line)["task"]["strategy"] for line in lines]
+    assert sorted(recorded) == sorted(key.value for key in named.keys)
