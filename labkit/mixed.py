@@ -1,5 +1,6 @@
 """Mixed-precision quantization: what each layer costs at each width, and a budget spent well."""
 
+import difflib
 import math
 
 import numpy as np
@@ -142,14 +143,13 @@ def pack_layers(model: nn.Module, widths: dict[str, int], group_size: int = 64) 
         group_size: inputs that share a scale; rounding is to nearest, asymmetric.
 
     Raises:
-        ValueError: if a name is no linear layer of the model (names the nearest), or a width is
-            out of range; the model is then unchanged.
+        ValueError: if a name is no linear layer or a width is out of range; nothing changes then.
     """
     known = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name in widths:
         if name not in known:
-            has = ", ".join(list(known)[:3]) or "none"
-            raise ValueError(f"widths: the model has no linear layer {name!r}; it has {has}, …")
+            near = difflib.get_close_matches(name, known, 1, 0) or ["no linear layer at all"]
+            raise ValueError(f"widths: the model has no linear layer {name!r}; nearest: {near[0]}")
     packed = {name: PackedLinear(known[name], bits, group_size) for name, bits in widths.items()}
     for name, layer in packed.items():
         model.set_submodule(name, layer)
