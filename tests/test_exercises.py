@@ -227,7 +227,8 @@ def test_bug_hunt_starts_from_the_broken_function(exercise):
     source = inspect.getsource(exercise.broken) + "    # a comment is no attempt\n"
     renamed = run(source.replace('"""', '"""Said otherwise. ', 1))[exercise.broken.__name__]
     assert verdict(exercise.id, renamed).status == "not attempted"
-    touched = run(source.replace("- 1", "- 2", 1))[exercise.broken.__name__]
+    source = re.sub(r"\b1\b", "2", source, count=1)
+    touched = run(source, exercise.broken.__globals__)[exercise.broken.__name__]
     assert verdict(exercise.id, touched).status == "wrong"
 
 
