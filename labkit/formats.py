@@ -104,10 +104,8 @@ def bits_sentence(value: float | str, number_format: str) -> str:
     if not isinstance(value, str) and (typed < low or typed > high):
         told = f"{number_text(typed)} is out of range and is stored as {number_text(stored)}."
         parts.append(told)
-    if not isinstance(value, str) and math.isfinite(stored - typed):
-        error = "none"
-        if stored != typed:
-            error = f"{stored - typed:+.4g} ({_percent_off(typed, stored)})"
+    if not isinstance(value, str) and math.isfinite(off := stored - typed):
+        error = f"{off:+.4g} ({_percent_off(typed, stored)})" if off else "none"
         parts.append(f"Error: {error}.")
     if low <= stored < high:
         above = _neighbor(bits, number_format, 1)

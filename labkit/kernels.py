@@ -70,3 +70,24 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.dequantized().to(x.dtype), self.bias)
+
+
+class PackedEmbedding(nn.Module):
+    """Reads the rows of a packed head, so that the tied pair is stored once."""
+
+    def __init__(self, head: PackedLinear):
+        super().__init__()
+        self.head = head
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        head, rows = self.head, ids.flatten()
+        codes = quant.unpack_bits(head.codes[rows], head.bits, head.inputs)
+        grid = head.scale[rows].float(), head.zero_point[rows].float()
+        return quant.dequantize_groups(codes, *grid, head.group_size).unflatten(0, ids.shape)
+
+
+def with_int8_head(model: nn.Module) -> nn.Module:
+    """Round the tied head and embedding of a causal LM to 8 bits a row, in place; return it."""
+    head = PackedLinear(model.lm_head, 8, model.lm_head.in_features)
+    model.lm_head, model.model.embed_tokens = head, PackedEmbedding(head)
+    return model

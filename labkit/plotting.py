@@ -2,6 +2,7 @@
 
 import base64
 import io
+from pathlib import Path
 
 COLORS = {
     "blue": "#0072B2",
@@ -17,38 +18,18 @@ COLORS = {
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HATCHES = ("", "//", "..", "xx", "--", "\\\\", "++")
 
-_STYLE = {
-    "figure.figsize": (7.2, 3.6),
-    "figure.dpi": 110,
-    "figure.facecolor": "white",
-    "figure.constrained_layout.use": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.6,
-    "font.size": 10,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-}
-
 
 def subplots(rows: int = 1, columns: int = 1, **kwargs):
     """Make a figure and axes in the style of the book.
 
     Args, returns: as of `matplotlib.pyplot.subplots`; `figsize` is in inches.
     """
-    import matplotlib as mpl
     import matplotlib.pyplot as plt
     from cycler import cycler
 
     cycle = cycler(color=list(COLORS.values())) + cycler(marker=MARKERS)
     # For good, not in a context: titles and legends are made after this returns.
-    mpl.rcParams.update({**_STYLE, "axes.prop_cycle": cycle, "lines.markersize": 5})
+    plt.style.use([Path(__file__).with_name("book.mplstyle"), {"axes.prop_cycle": cycle}])
     return plt.subplots(rows, columns, **kwargs)
 
 
