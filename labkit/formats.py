@@ -234,8 +234,7 @@ def _draw_boxes(axes, bits: str, number_format: str) -> None:
             axes.add_patch(Rectangle((left, 0), 1, 1, facecolor=face, edgecolor=color))
             axes.text(left + 0.5, 0.48, digit, color=ink, ha="center", va="center", weight="bold")
             left += 1
-        label = minus(f"{name}\n{meaning}")
-        axes.text(left - len(field) / 2, -0.12, label, color=color, **_LABEL)
+        axes.text(left - len(field) / 2, -0.12, minus(f"{name}\n{meaning}"), color=color, **_LABEL)
         left += 0.7
     formula = minus(re.sub(r"\^(-?\d+)", r"$^{\1}$", formula))
     middle, half = (left - 0.7) / 2, max(left - 0.7, 20) / 2 + 0.3

@@ -87,7 +87,9 @@ class PackedEmbedding(nn.Module):
 
 
 def with_int8_head(model: nn.Module) -> nn.Module:
-    """Round the tied head and embedding of a causal LM to 8 bits a row, in place; return it."""
+    """Round a tied head and embedding to 8 bits, in place; ValueError if they are two tensors."""
+    if model.lm_head.weight is not model.model.embed_tokens.weight:
+        raise ValueError("model: head and embedding must be one tensor, tied, not two")
     head = PackedLinear(model.lm_head, 8, model.lm_head.in_features)
     model.lm_head, model.model.embed_tokens = head, PackedEmbedding(head)
     return model

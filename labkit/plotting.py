@@ -60,6 +60,5 @@ def show(figure, alt: str) -> None:
 
     if len(alt.strip()) < 20:
         raise ValueError(f"alt must say what the figure shows in a sentence, not {alt!r}")
-    encoded = base64.b64encode(png(figure)).decode()
-    bundle = {"image/png": encoded, "text/plain": f"Figure: {alt}"}
+    bundle = {"image/png": base64.b64encode(png(figure)).decode(), "text/plain": f"Figure: {alt}"}
     display(bundle, raw=True, metadata={"image/png": {"alt": alt}})

@@ -1,6 +1,7 @@
-"""What tests share: a JupyterLab server of their own, and a Chromium that opens notebooks in it."""
+"""What tests share: the tiny LM, a JupyterLab server, and a Chromium that opens notebooks in it."""
 
 import contextlib
+import copy
 import json
 import os
 import secrets
@@ -220,6 +221,28 @@ def copy_notebook(notebook: Path, folder: Path) -> Path:
 
 
 # Fixtures
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple:
+    """The tiny LM and its tokenizer; copy the model before you change it."""
+    import labkit as lk  # here, since most tests need no torch
+
+    return lk.load_model("tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def ids(tiny):
+    """Calibration windows of the tiny LM, int64 `(6, 64)`."""
+    import labkit as lk
+
+    return lk.windows(tiny[1], "calibration", 6, 64)
+
+
+@pytest.fixture
+def model(tiny):
+    """A copy of the tiny LM, to be changed."""
+    return copy.deepcopy(tiny[0])
 
 
 @pytest.fixture(scope="module")

@@ -18,21 +18,6 @@ CHAPTER = "07_pruning_distillation"
 RECORDS = ROOT / "notebooks" / "records"
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return lk.load_model("tiny", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def ids(tiny):
-    return lk.windows(tiny[1], "calibration", 6, 64)
-
-
-@pytest.fixture
-def model(tiny):
-    return copy.deepcopy(tiny[0])
-
-
 def functions(*names, **known) -> dict:
     """Return a namespace with functions that the chapter teaches."""
     space = {"torch": torch, "nn": nn, "copy": copy, "qat": qat, "LINEARS": LINEARS}
@@ -127,7 +112,21 @@ def test_sparsegpt_survives_an_input_that_never_fires():
     assert int((found == 0).sum()) == weight.numel() // 2
 
 
-def test_two_of_four():
+def test_wanda_keeps_the_largest_of_each_row():
+    wanda = functions("keep_largest", "wanda")["wanda"]
+    weight, hessian = problem(16)
+    score = weight.abs() * hessian.diagonal().sqrt()
+    rank = score.argsort(1).argsort(1)  # 0: the smallest of its row
+    assert torch.equal(wanda(weight, hessian, 0.25), weight * (rank >= 4))
+
+
+def test_two_of_four_keeps_the_two_largest():
+    two_of_four = functions("keep_largest", "two_of_four")["two_of_four"]
+    score = torch.tensor([[4.0, 1, 3, 2, -1, -4, -3, -2]])
+    assert two_of_four(score).tolist() == [[True, False, True, False, True, False, False, True]]
+
+
+def test_sparsegpt_in_the_pattern():
     space = functions("keep_largest", "two_of_four", "sparse_gpt")
     weight, hessian = problem(128)
     found = space["sparse_gpt"](weight, hessian, 0.5, choose=space["two_of_four"])
@@ -173,9 +172,15 @@ def test_thinner_mlps_compute_what_masked_ones_do(model, ids):
     space = functions("thinner", "with_fewer_channels", seen=ids)
     small = space["with_fewer_channels"](copy.deepcopy(model), 320)
     assert small.model.layers[0].mlp.down_proj.weight.shape == (192, 320)
-    for old, new in zip(model.model.layers, small.model.layers, strict=True):
+    firsts = calibrate(copy.deepcopy(model), ids[:4])
+    _, inputs = next(firsts)  # of the first block: what the choice there was made from
+    power = inputs["down"].hessian.diagonal()
+    for number, (old, new) in enumerate(zip(model.model.layers, small.model.layers, strict=True)):
         gone = ~(old.mlp.gate_proj.weight[:, None] == new.mlp.gate_proj.weight).all(2).any(1)
         assert int(gone.sum()) == 512 - 320
+        if number == 0:
+            strength = power * old.mlp.down_proj.weight.detach().square().sum(0)
+            assert strength[gone].max() <= strength[~gone].min()
         old.mlp.down_proj.weight.data[:, gone] = 0
     with torch.no_grad():
         torch.testing.assert_close(small(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
@@ -256,6 +261,12 @@ def test_the_packed_pair_reads_one_tensor(tiny, model, tmp_path):
     assert step < 0.01 * float(tiny[0].lm_head.weight.detach().abs().max())
     stored = load_file(lk.save_weights(packed, tmp_path / "packed"))
     assert sum(tensor.numel() == 2048 * 192 for tensor in stored.values()) == 1
+
+
+def test_an_untied_pair_is_refused(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    with pytest.raises(ValueError, match="one tensor"):
+        kernels.with_int8_head(model)
 
 
 # Records

@@ -11,21 +11,6 @@ import labkit as lk
 from labkit import kernels, ptq, quant
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return lk.load_model("tiny", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def ids(tiny):
-    return lk.windows(tiny[1], "calibration", 6, 64)
-
-
-@pytest.fixture
-def model(tiny):
-    return copy.deepcopy(tiny[0])
-
-
 def entering(model, ids, number: int, layer: str) -> torch.Tensor:
     """Return what enters a layer in a plain forward pass, `(tokens, in)`."""
     caught = []

@@ -111,11 +111,6 @@ def test_parameters_are_taken_over_not_copied():
 # The whole model
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return lk.load_model("tiny", "cpu")
-
-
 @pytest.mark.parametrize(
     ("bits", "group_size", "symmetric"), [(4, 64, False), (8, 0, True), (3, 64, False)]
 )
