@@ -63,6 +63,11 @@ def _matrices(device: str, size: int, dtype: torch.dtype = torch.float32) -> lis
     return [matrix.to(device, dtype) for matrix in some]
 
 
+def _by_columns(matrix: torch.Tensor) -> torch.Tensor:
+    # The layout in which a linear layer keeps its weight; the fast kernels want it.
+    return matrix.t().contiguous().t()
+
+
 def _in_float(dtype: torch.dtype, precision: str = "highest") -> Callable[[str, int], float]:
     def product(device: str, size: int) -> float:
         before, (a, b) = torch.get_float32_matmul_precision(), _matrices(device, size, dtype)
@@ -77,14 +82,23 @@ def _in_float(dtype: torch.dtype, precision: str = "highest") -> Callable[[str, 
 
 def _in_fp8(device: str, size: int) -> float:
     a, b = _matrices(device, size, torch.float8_e4m3fn)
-    one, columns = torch.ones((), device=device), b.t().contiguous().t()
+    one, columns = torch.ones((), device=device), _by_columns(b)
     options = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16}
     return _rate(lambda: torch._scaled_mm(a, columns, **options), size)
 
 
 def _in_int8(device: str, size: int) -> float:
     a, b = ((40 * matrix).clamp(-127, 127).to(torch.int8) for matrix in _matrices(device, size))
-    return _rate(lambda: torch._int_mm(a, b), size)
+    columns = _by_columns(b)
+    return _rate(lambda: torch._int_mm(a, columns), size)
+
+
+def _in_two_of_four(device: str, size: int) -> float:
+    a, b = _matrices(device, size, torch.float16)
+    lowest = a.abs().view(-1, 4).topk(2, dim=1, largest=False).indices
+    pruned = a.view(-1, 4).scatter(1, lowest, 0).view_as(a)
+    packed, columns = torch.sparse.to_sparse_semi_structured(pruned), _by_columns(b)
+    return _rate(lambda: packed @ columns, size)
 
 
 def _in_int4(device: str, size: int) -> float:
@@ -103,6 +117,7 @@ PRODUCTS = {
     "TF32": _in_float(torch.float32, "high"),
     "BF16": _in_float(torch.bfloat16),
     "FP16": _in_float(torch.float16),
+    "FP16, 2:4 sparse": _in_two_of_four,
     "FP8": _in_fp8,
     "INT8": _in_int8,
     "INT4 weights, BF16 activations": _in_int4,
