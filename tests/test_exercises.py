@@ -1,6 +1,7 @@
 """The exercises: each known wrong answer gets its own message; solutions and variants pass."""
 
 import ast
+import functools
 import inspect
 import math
 import re
@@ -15,6 +16,7 @@ import torch
 import labkit
 from labkit import checks
 from labkit.checks import Exercise, exercises, verdict
+from workshop.exercises import HINTS, SOLUTION, Cells, exercises_of, folds_of, solution_of
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 EXERCISES = list(exercises().values())
@@ -250,25 +252,14 @@ def test_bad_calls_of_check(arguments, error, fragment):
 # The notebooks ---------------------------------------------------------------------------------
 
 
-def exercise_cells(directory: Path, chapter: str) -> dict[str, list[str]]:
-    """Return task, stub, check and folded cell of each exercise in a chapter's notebook, by id."""
-    (path,) = directory.glob(f"{int(chapter):02d}_*.ipynb")
-    cells = nbformat.read(path, as_version=4).cells
-    found = {}
-    for i, cell in enumerate(cells):
-        called = re.match(r'lk\.check\("([\d.]+)", ', cell.source)
-        if cell.cell_type == "code" and called:
-            kinds = [c.cell_type for c in cells[i - 2 : i + 2]]
-            assert kinds == ["markdown", "code", "code", "markdown"], f"{path.name} {called[1]}"
-            assert called[1] not in found, f"{path.name} checks {called[1]} twice"
-            found[called[1]] = [c.source for c in cells[i - 2 : i + 2]]
-    return found
+def cells_of(exercise: Exercise) -> Cells:
+    return chapter_exercises(exercise.id.split(".")[0])[exercise.id]
 
 
-def solution_of(folded: str) -> str:
-    parts = re.findall(r"<details>\s*<summary>(.*?)</summary>\n\n(.*?)\n\n</details>", folded, re.S)
-    assert [title for title, _ in parts] == ["Hint", "Bigger hint", "Solution"]
-    return "\n".join(re.findall(r"```python\n(.*?)```", parts[2][1], re.S))
+@functools.cache
+def chapter_exercises(chapter: str) -> dict[str, Cells]:
+    (path,) = NOTEBOOKS.glob(f"{int(chapter):02d}_*.ipynb")
+    return exercises_of(nbformat.read(path, as_version=4))
 
 
 def definitions(source: str) -> dict[str, ast.FunctionDef]:
@@ -283,7 +274,7 @@ def body_of(function: ast.FunctionDef) -> list[str]:
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_chapter_and_registry_have_the_same_exercises(chapter):
     registered = [e for e in EXERCISES if e.id.split(".")[0] == chapter]
-    assert list(exercise_cells(NOTEBOOKS, chapter)) == [e.id for e in registered]
+    assert list(chapter_exercises(chapter)) == [e.id for e in registered]
     assert 4 <= len(registered) <= 6
     assert any(e.broken for e in registered), "no bug hunt"
 
@@ -294,9 +285,8 @@ def test_every_notebook_has_checks():
 
 @each_exercise
 def test_notebook_cells(exercise: Exercise):
-    task, stub_cell, check, folded = exercise_cells(NOTEBOOKS, exercise.id.split(".")[0])[
-        exercise.id
-    ]
+    task, stub_cell, check, folded = (cell.source for cell in cells_of(exercise))
+    assert list(folds_of(folded)) == [*HINTS, SOLUTION]
     heading = f"### Exercise {exercise.id} {'★' * exercise.stars} · {exercise.minutes} min — "
     assert task.startswith(heading + exercise.title + "\n")
     assert check.strip() == f'lk.check("{exercise.id}", {", ".join(exercise.function_names)})'
@@ -315,7 +305,7 @@ def test_notebook_cells(exercise: Exercise):
 
 @each_exercise
 def test_folded_solution_passes(exercise: Exercise):
-    _, stub_cell, _, folded = exercise_cells(NOTEBOOKS, exercise.id.split(".")[0])[exercise.id]
+    _, stub_cell, _, folded = (cell.source for cell in cells_of(exercise))
     namespace = run(stub_cell)
     before = verdict(exercise.id, *(namespace[name] for name in exercise.function_names))
     assert before.status == "not attempted"

@@ -19,7 +19,10 @@ ROOT = Path(__file__).parent.parent
 LABKIT = ROOT / "labkit"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
 REQUIRED = {r.name: r for r in map(Requirement, PROJECT["dependencies"])}
-TESTING = list(map(Requirement, PROJECT["optional-dependencies"]["test"]))
+EXTRAS = [
+    Requirement(line) for lines in PROJECT["optional-dependencies"].values() for line in lines
+]
+TESTING = [r for r in EXTRAS if r.name != "labkit"]  # the test extra takes the others along
 SOURCES = sorted([*LABKIT.rglob("*.py"), *(ROOT / "workshop").glob("*.py")])
 SMALL = [path for path in SOURCES if not {"checks", "workshop"} & set(path.parts)]
 MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 3000, 350, 40
@@ -69,13 +72,20 @@ def test_requirement_is_bounded_and_met(requirement):
     assert requirement.specifier.contains(installed, prereleases=True), installed
 
 
+def test_the_tests_need_every_extra():
+    (ours,) = [r for r in EXTRAS if r.name == "labkit"]
+    assert ours.extras == set(PROJECT["optional-dependencies"]) - {"test"}
+
+
 def test_the_conda_environment_holds_no_second_list_of_versions():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf8"))
     listed = environment["dependencies"]
     (section,) = [entry for entry in listed if isinstance(entry, dict)]
     assert sorted(entry for entry in listed if isinstance(entry, str)) == ["pip", "python=3.11"]
     assert list(section) == ["pip"]
-    assert [line.replace(" ", "") for line in section["pip"]] in (["-e."], ["-e.[test]"])
+    index = "--extra-index-url https://download.pytorch.org/whl/cpu"
+    assert section["pip"] == [index, "-e .[test]"]
+    assert index.split()[1] in (ROOT / "README.md").read_text(encoding="utf8")
 
 
 def test_the_package_declares_every_module_it_ships():

@@ -1,0 +1,272 @@
+"""A course through nbgrader: generated, fetched, submitted by five learners, graded, fed back."""
+
+import html
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import v4
+
+from labkit import checks
+from workshop import exercises, grading, learner, notebooks
+
+CHAPTER = "01_basics"
+STARS = {id: e.stars for id, e in checks.exercises().items() if id.startswith("1.")}
+# nbgrader names a learner after the system's user; on JupyterHub's images, after the hub's.
+AS_ON_A_HUB = (
+    "import nbgrader.utils; nbgrader.utils.get_osusername = lambda: 'jovyan'\n"
+    "from nbgrader.apps.nbgraderapp import main; main()"
+)
+
+
+def nbgrader(folder: Path, *arguments: str, user: str = "teacher", fails: bool = False) -> str:
+    environment = {**os.environ, "JUPYTERHUB_USER": user, "HOME": str(folder.parent)}
+    exchange = f"--Exchange.root={folder.parent / 'exchange'}"
+    done = subprocess.run(
+        [sys.executable, "-c", AS_ON_A_HUB, *arguments, exchange],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf8",
+        check=False,
+    )
+    assert bool(done.returncode) == fails, done.stdout[-3000:]
+    return done.stdout
+
+
+# What learners do with a fetched notebook
+
+
+def solve(notebook, *ids: str) -> None:
+    original = notebooks.read(learner.NOTEBOOKS / f"{CHAPTER}.ipynb")
+    for id in ids:
+        folded = exercises.exercises_of(original)[id].folded.source
+        exercises.exercises_of(notebook)[id].stub.source += "\n" + exercises.solution_of(folded)
+
+
+def solved(notebook) -> None:
+    solve(notebook, *STARS)
+
+
+def unsolved(notebook) -> None:
+    pass
+
+
+def half(notebook) -> None:
+    solve(notebook, "1.1", "1.2", "1.3")
+    stub = exercises.exercises_of(notebook)["1.4"].stub
+    (name,) = checks.exercises()["1.4"].function_names
+    stub.source += f"\ndef {name}(row):\n    return row"
+
+
+def hostile(notebook) -> None:
+    cells = exercises.exercises_of(notebook)
+    solve(notebook, "1.3", "1.4", "1.6")
+    cells["1.1"].stub.source += "\ndef decode_fp16(pattern):\n    while True:\n        pass"
+    cells["1.2"].stub.source += "\nimport sys\nsys.exit(0)"
+    cells["1.3"].check.metadata.nbgrader.points = 1000
+    cells["1.5"].check.metadata.nbgrader.locked = False
+    cells["1.5"].check.source = "print('Exercise 1.5: correct.')"
+    notebook.cells.remove(cells["1.4"].check)
+    notebook.cells.insert(2, v4.new_code_cell("while True:\n    pass"))
+
+
+def killer(notebook) -> None:
+    solve(notebook, "1.1")
+    cells = exercises.exercises_of(notebook)
+    cells["1.2"].stub.source += "\nimport os\nos._exit(0)"
+
+
+LEARNERS = {f.__name__: f for f in (solved, unsolved, half, hostile, killer)}
+# An answer that ends the kernel leaves nothing to grade: nbgrader names the learner and goes on.
+NOTHING = dict.fromkeys(STARS, 0)
+POINTS = {
+    "solved": STARS,
+    "unsolved": NOTHING,
+    "half": {**NOTHING, "1.1": 1, "1.2": 1, "1.3": 2},
+    "hostile": {**NOTHING, "1.3": 2, "1.6": 2},
+    "killer": NOTHING,
+}
+SOLVED = {
+    "solved": set(STARS),
+    "unsolved": set(),
+    "half": {"1.1", "1.2", "1.3"},
+    "hostile": {"1.3", "1.4", "1.6"},
+}
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory):
+    """The whole round; the folder of the course."""
+    root = tmp_path_factory.mktemp("class")
+    course = root / "course"
+    assert grading.release_course(course) == 0
+    (root / "exchange").mkdir(mode=0o777)
+    nbgrader(course, "generate_assignment", CHAPTER)
+    nbgrader(course, "release_assignment", CHAPTER)
+    for name, work in LEARNERS.items():
+        home = root / name
+        home.mkdir()
+        take_part(home, name, work)
+    nbgrader(course, "collect", CHAPTER)
+    log = nbgrader(course, "autograde", CHAPTER, "--Execute.timeout=10", fails=True)
+    (course / "autograde.log").write_text(log, encoding="utf8")
+    nbgrader(course, "generate_feedback", CHAPTER)
+    nbgrader(course, "release_feedback", CHAPTER)
+    return course
+
+
+def take_part(home: Path, name: str, work) -> None:
+    course_id = "--course=quantization-workbook"
+    nbgrader(home, "fetch_assignment", CHAPTER, course_id, user=name)
+    path = home / CHAPTER / f"{CHAPTER}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    work(notebook)
+    nbformat.write(notebook, path)
+    nbgrader(home, "submit", CHAPTER, course_id, user=name)
+
+
+def scores(course: Path, name: str) -> dict[str, float]:
+    from nbgrader.api import Gradebook
+
+    with Gradebook(f"sqlite:///{course / 'gradebook.db'}") as book:
+        (notebook,) = book.find_submission(CHAPTER, name).notebooks
+        found = {grade.name: grade.score for grade in notebook.grades}
+    return {id: found[f"check-{id.replace('.', '-')}"] for id in STARS}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_points_are_right(course, name):
+    assert scores(course, name) == POINTS[name]
+
+
+def test_who_ends_the_kernel_is_named_and_gets_no_feedback(course):
+    assert not (course / "autograded" / "killer").exists()
+    assert not (course / "feedback" / "killer").exists()
+    assert "killer" in (course / "autograde.log").read_text(encoding="utf8")
+
+
+def test_the_release_has_locked_checks_and_untouched_stubs(course):
+    released = notebooks.read(course / "release" / CHAPTER / f"{CHAPTER}.ipynb")
+    original = exercises.exercises_of(notebooks.read(learner.NOTEBOOKS / f"{CHAPTER}.ipynb"))
+    for id, cells in exercises.exercises_of(released).items():
+        assert cells.stub.source.split(grading.STUB)[0].strip() == original[id].stub.source.strip()
+        assert cells.check.source.strip() == original[id].check.source.strip()
+        marks = cells.check.metadata.nbgrader
+        assert (marks.grade, marks.locked, marks.points) == (True, True, STARS[id])
+        assert (cells.stub.metadata.nbgrader.solution, cells.stub.metadata.nbgrader.grade) == (1, 0)
+
+
+# No solution leaks
+
+
+def squeezed(text: str) -> str:
+    return re.sub(r"\s", "", text)
+
+
+def secret_lines(path: Path) -> dict[str, set[str]]:
+    """Return the lines that only the folded solution of an exercise has, by exercise."""
+    notebook = notebooks.read(path)
+    public = squeezed("\n".join(c.source for c in learner.learner_copy(notebook).cells))
+    found = {}
+    for id, cells in exercises.exercises_of(notebook).items():
+        lines = map(squeezed, exercises.solution_of(cells.folded.source).splitlines())
+        found[id] = {line for line in lines if len(line) > 12 and line not in public}
+    return found
+
+
+def leaks(text: str, secrets: dict[str, set[str]], known: set[str] = frozenset()) -> set[str]:
+    """Return the exercises, those in `known` apart, of whose solution a line is in the text."""
+    seen = squeezed(text)
+    return {id for id in secrets.keys() - known if any(line in seen for line in secrets[id])}
+
+
+@pytest.mark.parametrize("path", learner.chapters(), ids=lambda path: path.stem)
+def test_no_solution_is_in_a_learner_copy(path):
+    secrets, notebook = secret_lines(path), notebooks.read(path)
+    assert all(secrets.values()), "every solution should have a line of its own"
+    for hints in (True, False):
+        copy = learner.as_bytes(learner.learner_copy(notebook, hints)).decode()
+        text = "\n".join(cell.source for cell in nbformat.reads(copy, as_version=4).cells)
+        assert leaks(text, secrets) == set()
+    folded = "\n".join(c.folded.source for c in exercises.exercises_of(notebook).values())
+    assert leaks(folded, secrets) == set(secrets), "the test must see a leak where there is one"
+
+
+def test_no_solution_is_in_the_release(course):
+    text = (course / "release" / CHAPTER / f"{CHAPTER}.ipynb").read_text(encoding="utf8")
+    sources = "\n".join(cell.source for cell in nbformat.reads(text, as_version=4).cells)
+    assert leaks(sources, secret_lines(learner.NOTEBOOKS / f"{CHAPTER}.ipynb")) == set()
+    assert "BEGIN SOLUTION" not in text
+    assert "HIDDEN TESTS" not in text
+    names = {path.name for path in (course / "release").rglob("*") if path.is_file()}
+    assert names == {f"{CHAPTER}.ipynb", *(Path(name).name for name in learner.records())}
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_feedback_shows_points_and_no_solution_but_the_learners_own(course, name):
+    (page,) = (course / "feedback" / name / CHAPTER).glob("*.html")
+    text = html.unescape(re.sub(r"<[^>]*>", "", page.read_text(encoding="utf8")))
+    secrets = secret_lines(learner.NOTEBOOKS / f"{CHAPTER}.ipynb")
+    assert leaks(text, secrets, known=SOLVED[name]) == set()
+    assert leaks(text, secrets) == SOLVED[name], "own answers are in the feedback"
+    total = sum(POINTS[name].values())
+    assert re.search(rf"Score:\s*{total:.1f}\s*/\s*{sum(STARS.values()):.1f}", text)
+
+
+# Every chapter
+
+
+@pytest.mark.parametrize("path", learner.chapters(), ids=lambda path: path.stem)
+def test_autograding_has_what_every_answer_and_check_needs(path, tmp_path):
+    source = grading.source_notebook(notebooks.read(path))
+    namespace, tested, file = {"__name__": "__main__"}, 0, tmp_path / "cell.py"
+    for cell in source.cells:
+        if cell.cell_type == "code" and grading.SKIP not in cell.metadata.get("tags", []):
+            file.write_text(cell.source, encoding="utf8")  # numba wants a file for its cache
+            exec(compile(cell.source, file, "exec"), namespace)
+            tested += "BEGIN HIDDEN TESTS" in cell.source
+    assert tested == len(exercises.exercises_of(source))
+    assert len(source.cells) > 2 * tested
+    ids = [cell.id for cell in source.cells]
+    assert len(set(ids)) == len(ids)
+
+
+def test_a_wrong_answer_fails_its_test():
+    source = grading.source_notebook(notebooks.read(learner.NOTEBOOKS / f"{CHAPTER}.ipynb"))
+    cells = exercises.exercises_of(source)["1.1"]
+    namespace = {}
+    exec("import labkit as lk\ndef decode_fp16(pattern): return 0.0", namespace)
+    with pytest.raises(AssertionError, match=r"1\.1 is not solved"):
+        exec(cells.check.source, namespace)
+
+
+def cell(source: str):
+    return v4.new_code_cell(source, id="one")
+
+
+@pytest.mark.parametrize(
+    ("source", "run", "skipped"),
+    [
+        ("import torch\nSIZE = 3", "import torch\nSIZE = 3", None),
+        ("def f(x):\n    return y", "def f(x):\n    return y", None),
+        ("import os\n\n# then\nprint(1)\nx = 2", "import os", "# then\nprint(1)\nx = 2"),
+        ("model = load()", None, "model = load()"),
+        ("rows = model.rows", None, "rows = model.rows"),
+        ("first = print[0]", None, "first = print[0]"),
+        ("def f(x=model):\n    pass", None, "def f(x=model):\n    pass"),
+        ("@cache\ndef f():\n    pass", None, "@cache\ndef f():\n    pass"),
+        ("class A(nn.Module):\n    pass", None, "class A(nn.Module):\n    pass"),
+        ("%pip install labkit", None, "%pip install labkit"),
+    ],
+)
+def test_work_is_told_from_definitions(source, run, skipped):
+    parts = grading._split(cell(source), {"print"})
+    ran = [p.source for p in parts if grading.SKIP not in p.metadata.get("tags", [])]
+    left = [p.source for p in parts if grading.SKIP in p.metadata.get("tags", [])]
+    assert (ran, left) == ([run] if run else [], [skipped] if skipped else [])
