@@ -42,6 +42,10 @@ def test_a_copy_has_the_same_code_and_no_outputs(path):
     assert [cell.source for cell in before] == [cell.source for cell in after]
     assert any(cell.outputs for cell in before), "the original must stay as it was"
     assert all(cell.outputs == [] and cell.execution_count is None for cell in after)
+    for id, cells in exercises.exercises_of(original).items():
+        (output,) = cells.check.outputs
+        assert output.text == f"Exercise {id}: not attempted yet\n"
+        assert "tags" not in cells.check.metadata, "nbval must compare what the check says"
 
 
 @each_chapter
