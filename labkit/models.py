@@ -128,7 +128,7 @@ def fetch_smollm2() -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
+        with FileLock(folder.with_suffix(".lock"), mode=0o666):  # also for others in a class
             status = smollm2_status()  # another process may have done the work meanwhile
             if status.startswith("damaged"):
                 folder.rename(f"{folder}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")

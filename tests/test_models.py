@@ -95,6 +95,17 @@ def test_fetch_converts_once(cache, counted):
     assert sorted(p.name for p in cache.iterdir() if p.is_dir()) == [folder.name]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
+def test_others_may_take_the_lock_in_a_shared_cache(cache, counted):
+    before = os.umask(0o022)
+    try:
+        models.fetch_smollm2()
+    finally:
+        os.umask(before)
+    (lock,) = models.cache_folder().glob("*.lock")
+    assert lock.stat().st_mode & 0o777 == 0o666
+
+
 @pytest.mark.parametrize("damage", ["changed", "truncated", "no hashes", "missing file"])
 def test_a_damaged_cache_is_set_aside_and_fetched_again(cache, counted, damage):
     folder = models.fetch_smollm2()
