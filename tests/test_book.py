@@ -108,12 +108,6 @@ def test_a_figure_without_alt_text_is_refused(tmp_path):
         book.prepare(v4.new_notebook(cells=[cell]), tmp_path, "01_dots")
 
 
-@pytest.mark.parametrize(("ground", "text"), [("f67925", "000000"), ("7f2704", "ffffff")])
-def test_a_shaded_cell_gets_the_text_that_stands_out(ground, text):
-    style = f"<style>td {{background-color: #{ground};\n  color: #f1f1f1;}}</style>"
-    assert f"background-color: #{ground};\n  color: #{text};" in book._scroll_box(style)
-
-
 # What it looks like
 
 
