@@ -185,9 +185,11 @@ def test_a_page_is_whole_without_other_hosts(reader, url, name):
     page, tried, errors = open_page(reader, url, name)
     assert tried == []
     assert errors == []
-    images = page.locator("img").evaluate_all("all => all.map(i => [i.naturalWidth, i.alt, i.src])")
-    for width, alt, source in images:
-        assert width > 0, source
+    sides = "[i.naturalWidth, i.naturalHeight, i.width, i.height]"
+    images = page.locator("img").evaluate_all(f"all => all.map(i => [{sides}, i.alt, i.src])")
+    for (natural_width, natural_height, width, height), alt, source in images:
+        assert natural_width > 0, source
+        assert width / height == pytest.approx(natural_width / natural_height, rel=0.02), source
         assert len(alt) > 10, source
     assert len(images) > 2 or name not in CHAPTERS
     assert page.locator("article h1").count() == (name != "search")
@@ -222,6 +224,9 @@ def test_a_page_fits_a_phone(reader, url, name):
     page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true })")
     try:
         assert page.evaluate("document.documentElement.scrollWidth") == 390
+        stretch = "i => i.width / i.height / (i.naturalWidth / i.naturalHeight)"
+        stretched = page.locator("img").evaluate_all(f"all => all.map({stretch})")
+        assert stretched == pytest.approx([1] * len(stretched), rel=0.02)
         sides = "all => all.map(e => e.getBoundingClientRect()).map(box => [box.left, box.right])"
         boxes = page.locator("article :is(pre, .scroll, div.math)").evaluate_all(sides)
         assert all(0 <= left < right <= 390 for left, right in boxes)

@@ -201,9 +201,9 @@ def prepare(notebook, figures: Path, prefix: str):
                 if not alt:
                     raise BookError(f"{prefix}, cell {number}: a figure has no alt text")
                 file.write_bytes(base64.b64decode(data["image/png"]))
-                output.data = {"text/html": _picture(file, alt)}
+                output.data = {"text/html": _scroll_box(_picture(file, alt), "Figure")}
             elif "text/html" in data:
-                output.data = {"text/html": _scroll_box(data["text/html"])}
+                output.data = {"text/html": _scroll_box(data["text/html"], "Table")}
             elif _EXPLORER_TEXT.match(data.get("text/plain", "")):
                 output.data = {"text/html": f'<p class="explorer">{EXPLORER}</p>'}
     return notebook
@@ -217,9 +217,9 @@ def _picture(file: Path, alt: str) -> str:
     )
 
 
-def _scroll_box(table: str) -> str:
-    # No region: a page has many tables, and each region would be a landmark.
-    return f'<div class="scroll" role="group" aria-label="Table" tabindex="0">{table}</div>'
+def _scroll_box(inside: str, label: str) -> str:
+    # No region: a page has many, and each region would be a landmark.
+    return f'<div class="scroll" role="group" aria-label="{label}" tabindex="0">{inside}</div>'
 
 
 def _run_sphinx(source: Path, site: Path) -> None:
