@@ -114,7 +114,7 @@ def course(tmp_path_factory):
         home.mkdir()
         take_part(home, name, work)
     nbgrader(course, "collect", CHAPTER)
-    log = nbgrader(course, "autograde", CHAPTER, "--Execute.timeout=10", fails=True)
+    log = nbgrader(course, "autograde", CHAPTER, "--Execute.timeout=20", fails=True)
     (course / "autograde.log").write_text(log, encoding="utf8")
     nbgrader(course, "generate_feedback", CHAPTER)
     nbgrader(course, "release_feedback", CHAPTER)
