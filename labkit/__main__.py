@@ -1,4 +1,4 @@
-"""Commands of the quantization workbook: `python -m labkit doctor · fetch · refresh`."""
+"""The command line of the workbook: `python -m labkit --help` lists its commands."""
 
 import sys
 

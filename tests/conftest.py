@@ -223,6 +223,20 @@ def copy_notebook(notebook: Path, folder: Path) -> Path:
 # Fixtures
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Put the environment back after each test, for the kernels of nbval inherit it.
+
+    Dask sets one thread and a greedy malloc in the process that starts a cluster: with these the
+    notebooks take twice as long.
+    """
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="module")
 def tiny() -> tuple:
     """The tiny LM and its tokenizer; copy the model before you change it."""

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -64,6 +65,10 @@ def test_a_cluster_gives_the_same_records(sweep, score, tmp_path):
     assert [record["task"] for record in there] == TASKS
     for a, b in zip(here, there, strict=True):  # other threads, other order of sums
         assert a["window_nats"] == pytest.approx(b["window_nats"], abs=1e-4)
+
+
+def test_kernels_do_not_inherit_what_the_cluster_set():
+    assert not {"OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_"} & set(os.environ)
 
 
 def test_a_killed_sweep_repeats_nothing_and_loses_nothing(sweep, tmp_path):

@@ -1,6 +1,7 @@
 """The command line: help, doctor, fetch, and refresh on notebooks made for it."""
 
 import json
+import re
 import subprocess
 import sys
 import types
@@ -37,7 +38,8 @@ def test_without_a_command_it_prints_help(capsys):
     assert command_line.main([]) == 0
     shown = capsys.readouterr().out
     assert "python -m labkit" in shown
-    assert all(command in shown for command in ("doctor", "fetch", "refresh"))
+    commands = ("doctor", "fetch", "refresh", "release", "reset", "book")
+    assert all(re.search(rf"^  +{command} ", shown, re.MULTILINE) for command in commands)
 
 
 def test_an_unknown_command_is_refused(capsys):
