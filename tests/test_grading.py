@@ -193,7 +193,7 @@ def test_no_solution_is_in_a_learner_copy(path):
     secrets, notebook = secret_lines(path), notebooks.read(path)
     assert all(secrets.values()), "every solution should have a line of its own"
     for hints in (True, False):
-        copy = learner.as_bytes(learner.learner_copy(notebook, hints)).decode()
+        copy = notebooks.as_bytes(learner.learner_copy(notebook, hints)).decode()
         text = "\n".join(cell.source for cell in nbformat.reads(copy, as_version=4).cells)
         assert leaks(text, secrets) == set()
     folded = "\n".join(c.folded.source for c in exercises.exercises_of(notebook).values())

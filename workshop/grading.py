@@ -35,7 +35,7 @@ def release_course(folder: Path) -> int:
     files = {"nbgrader_config.py": CONFIG.encode()}
     for path in learner.chapters():
         home = f"source/{path.stem}"
-        files[f"{home}/{path.name}"] = learner.as_bytes(source_notebook(notebooks.read(path)))
+        files[f"{home}/{path.name}"] = notebooks.as_bytes(source_notebook(notebooks.read(path)))
         files |= {f"{home}/{name}": content for name, content in learner.records().items()}
     return learner.report(folder, learner.store(folder, files), "release --nbgrader")
 

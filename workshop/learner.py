@@ -10,8 +10,6 @@ import time
 from itertools import chain, count
 from pathlib import Path
 
-import nbformat
-
 from workshop import exercises, notebooks
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -60,11 +58,6 @@ def learner_copy(notebook, hints: bool = True):
     return made
 
 
-def as_bytes(notebook) -> bytes:
-    """Return what a file of the notebook holds."""
-    return (nbformat.writes(notebook).rstrip("\n") + "\n").encode()
-
-
 def records() -> dict[str, bytes]:
     """Return the logs that the chapters read, by the path a chapter knows them under."""
     found = sorted((NOTEBOOKS / "records").iterdir())
@@ -80,7 +73,10 @@ def release(folder: Path, hints: bool = True) -> int:
     Raises:
         ReleaseError: if `folder` is the workbook's own.
     """
-    files = {path.name: as_bytes(learner_copy(notebooks.read(path), hints)) for path in chapters()}
+    files = {
+        path.name: notebooks.as_bytes(learner_copy(notebooks.read(path), hints))
+        for path in chapters()
+    }
     return report(folder, store(folder, {**files, **records()}, hints=hints), "release")
 
 
@@ -120,11 +116,11 @@ def store(folder: Path, files: dict[str, bytes], **about) -> list[str]:
             if now not in (digest(content), released.get(name)):
                 kept.append(name)
                 continue
-        write(path, content)
+        notebooks.write_whole(path, content)
     version = importlib.metadata.version("labkit")
     hashes = {name: digest(content) for name, content in sorted(files.items())}
     text = json.dumps({"labkit": version, **about, "files": hashes}, indent=2)
-    write(folder / MANIFEST, (text + "\n").encode())
+    notebooks.write_whole(folder / MANIFEST, (text + "\n").encode())
     return kept
 
 
@@ -144,14 +140,6 @@ def manifest_of(folder: Path) -> dict:
 def digest(content: bytes) -> str:
     """Return the SHA-256 of a content as 64 hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def reset(chapter: str, folder: Path | None = None) -> Path:
@@ -178,18 +166,18 @@ def reset(chapter: str, folder: Path | None = None) -> Path:
         raise ReleaseError(f"{folder} is no folder; --folder says where you work")
     own, fresh = folder / name, _fresh(starting[0], folder)
     if not own.exists() or own.read_bytes() == fresh:
-        write(own, fresh)
+        notebooks.write_whole(own, fresh)
         return own
     kept = _free_name(own)
     own.rename(kept)
-    write(own, fresh)
+    notebooks.write_whole(own, fresh)
     return kept
 
 
 def _fresh(chapter: Path, folder: Path) -> bytes:
     if folder.resolve() != chapter.parent:
         hints = manifest_of(folder).get("hints", True)
-        return as_bytes(learner_copy(notebooks.read(chapter), hints))
+        return notebooks.as_bytes(learner_copy(notebooks.read(chapter), hints))
     # The learner works in the workbook itself: only git still knows the chapter.
     command = ["git", "show", f"HEAD:./{chapter.name}"]
     try:

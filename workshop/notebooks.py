@@ -123,7 +123,7 @@ def execute(notebook, folder: Path) -> int:
         on_cell_start=lambda cell, cell_index: started.append(cell),
     )
     # Only the kernel itself knows its peak on every system: a cell added for this run prints it.
-    probe = new_code_cell(f"{inspect.getsource(machine.peak_nbytes)}print(peak_nbytes())")
+    probe = new_code_cell(peak_probe())
     notebook.cells.append(probe)
     try:
         client.execute(stderr=subprocess.DEVNULL)  # the kernel's own log, not the cells' stderr
@@ -134,6 +134,11 @@ def execute(notebook, folder: Path) -> int:
     finally:
         notebook.cells.pop()
     return int(probe.outputs[0].text.split()[-1])
+
+
+def peak_probe() -> str:
+    """Return code that prints the peak memory, in bytes, of the kernel that runs it."""
+    return f"{inspect.getsource(machine.peak_nbytes)}print(peak_nbytes())"
 
 
 def _reason(error: Exception) -> str:
@@ -183,13 +188,26 @@ def write(notebook, path: Path) -> bool:
         nbformat.validate(notebook)
     except nbformat.ValidationError as error:
         raise NotebookError(f"{path}: {str(error).splitlines()[0]}") from None
-    stored = nbformat.writes(notebook).rstrip("\n") + "\n"
-    if path.exists() and path.read_text(encoding="utf8") == stored:
+    stored = as_bytes(notebook)
+    if path.exists() and path.read_bytes() == stored:
         return False
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(stored, encoding="utf8", newline="\n")
-    partial.replace(path)
+    write_whole(path, stored)
     return True
+
+
+def as_bytes(notebook) -> bytes:
+    """Return what a file of the notebook holds."""
+    import nbformat
+
+    return (nbformat.writes(notebook).rstrip("\n") + "\n").encode()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, complete or not at all; its folder is made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def refresh_folder(folder: Path, chapters: list[str]) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from labkit.checks import Exercise, exercises
+from workshop import notebooks
 
 GUIDE = Path(__file__).parents[1] / "notebooks" / "TEACHING.md"
 _MARKER = re.compile(r"^<!-- (?:generated: (?P<name>.+?)|end) -->$", re.MULTILINE)
@@ -45,9 +46,7 @@ def update(path: Path) -> bool:
     filled = fill(text, parts)
     if filled == text:
         return False
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(filled, encoding="utf8", newline="\n")
-    partial.replace(path)
+    notebooks.write_whole(path, filled.encode())
     return True
 
 
@@ -154,8 +153,8 @@ def _times_row(number: str, name: str, of: dict, inside: Iterable[Exercise]) -> 
     return f"{number} ({name})", *_sums(inside), *_cost(of["seconds"], of["peak_nbytes"]), slowest
 
 
-def _times_total(notebooks: list[dict]) -> tuple[str, ...]:
-    cost = _cost(sum(of["seconds"] for of in notebooks), max(of["peak_nbytes"] for of in notebooks))
+def _times_total(every: list[dict]) -> tuple[str, ...]:
+    cost = _cost(sum(of["seconds"] for of in every), max(of["peak_nbytes"] for of in every))
     return "all", *_sums(exercises().values()), cost[0], f"at most {cost[1]}", ""
 
 

@@ -4,17 +4,15 @@ The record, `notebooks/records/00_times.json`, is where the teacher's guide has 
 notebook that was not run, or not passed, keeps the figures of an earlier run.
 """
 
-import inspect
 import json
 import queue
 import time
 from pathlib import Path
 
 from labkit import machine
+from workshop import notebooks
 
-RECORD = Path(__file__).parents[1] / "notebooks" / "records" / "00_times.json"
 COMMAND = "pytest -p workshop.times --nbval notebooks"
-_PROBE = f"{inspect.getsource(machine.peak_nbytes)}print(peak_nbytes())"
 _SHOWN_CELLS = 3
 _ANSWER_SECONDS = 30
 
@@ -47,7 +45,7 @@ class _Recorder:
             kernel, name = item.parent.kernel, item.path.name
             if len(self.cells.get(name, ())) == len(_code_cells(item.path)):
                 try:
-                    self.peaks[name] = int(_answer(kernel, _PROBE))
+                    self.peaks[name] = int(_answer(kernel, notebooks.peak_probe()))
                 except queue.Empty:
                     self.broken.add(name)
 
@@ -55,7 +53,8 @@ class _Recorder:
         complete = {name: peak for name, peak in self.peaks.items() if name not in self.broken}
         folder = Path(session.config.rootpath) / "notebooks"
         if complete:
-            _store({name: self._figures(folder / name, peak) for name, peak in complete.items()})
+            found = {name: self._figures(folder / name, peak) for name, peak in complete.items()}
+            _store(found, folder / "records" / "00_times.json")
 
     def _figures(self, path: Path, peak_nbytes: int) -> dict:
         firsts = [cell["source"].partition("\n")[0] for cell in _code_cells(path)]
@@ -87,10 +86,10 @@ def _answer(kernel, code: str) -> str:
             return printed
 
 
-def _store(found: dict[str, dict]) -> None:
+def _store(found: dict[str, dict], path: Path) -> None:
     facts = machine.hardware()
     here = {name: str(facts[name]) for name in ("cpu", "architecture", "physical cores")}
-    old = json.loads(RECORD.read_text(encoding="utf8")) if RECORD.exists() else {}
+    old = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
     kept = old.get("notebooks", {}) if old.get("machine") == here else {}
     record = {
         "label": "measured on the machine named here; another one differs",
@@ -99,4 +98,5 @@ def _store(found: dict[str, dict]) -> None:
         "machine": here,
         "notebooks": dict(sorted({**kept, **found}.items())),
     }
-    RECORD.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    notebooks.write_whole(path, text.encode())
