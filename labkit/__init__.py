@@ -16,11 +16,11 @@ _NAMES = {
     "ledger": ("save_weights", "load_weights", "byte_ledger"),
     "machine": ("resident_memory", "peak_memory", "hardware", "quantized_engine"),
     "claims": ("claim",),
-    "checks": ("check",),
+    "exercises": ("check",),
     "plotting": ("subplots", "show", "COLORS", "MARKERS", "HATCHES"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-_MODULES = {path.stem for path in Path(__file__).parent.glob("[a-z]*.py")} | {"checks"}
+_MODULES = {path.stem for path in Path(__file__).parent.glob("[a-z]*.py")} | {"exercises"}
 
 __all__ = sorted({*_HOME, *_MODULES})
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from workshop.commands import main
+from labkit.authoring.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

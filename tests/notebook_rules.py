@@ -15,7 +15,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from workshop import elsewhere
+from labkit.authoring import elsewhere
 
 ROOT = Path(__file__).parent.parent
 LABKIT = ROOT / "labkit"
@@ -292,7 +292,7 @@ def unpinned_imports(tree: ast.AST) -> list[str]:
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.add(node.module.partition(".")[0])
-    names -= {*sys.stdlib_module_names, "labkit", "workshop"}
+    names -= {*sys.stdlib_module_names, "labkit"}
     return sorted(name for name in names if not _distributions(name) & pinned_distributions())
 
 

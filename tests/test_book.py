@@ -19,7 +19,7 @@ import pytest
 from nbformat import v4
 
 from labkit import __main__ as command_line
-from workshop import book
+from labkit.authoring import book
 
 ROOT = Path(__file__).parent.parent
 CHAPTERS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))

@@ -8,7 +8,7 @@ import torch
 
 import labkit as lk
 from labkit import data, models
-from workshop import pretrain
+from labkit.authoring import pretrain
 
 
 def test_splits_share_no_paragraph():

@@ -14,7 +14,7 @@ from IPython.testing.globalipapp import start_ipython
 from nbformat import v4
 from test_project import ROOT, commands_in_readme
 
-from workshop import elsewhere, learner, notebooks
+from labkit.authoring import elsewhere, learner, notebooks
 
 each_chapter = pytest.mark.parametrize("path", learner.chapters(), ids=lambda path: path.stem)
 

@@ -14,12 +14,19 @@ import pytest
 import torch
 
 import labkit
-from labkit import checks
-from labkit.checks import Exercise, exercises, verdict
-from workshop.exercises import HINTS, SOLUTION, Cells, exercises_of, folds_of, solution_of
+from labkit import exercises
+from labkit.authoring.exercise_cells import (
+    HINTS,
+    SOLUTION,
+    Cells,
+    exercises_of,
+    folds_of,
+    solution_of,
+)
+from labkit.exercises import Exercise, registry, verdict
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-EXERCISES = list(exercises().values())
+EXERCISES = list(registry().values())
 WRONG = [(e, answer, fragment) for e in EXERCISES for answer, fragment in e.wrong_answers]
 CHAPTERS = sorted({e.id.split(".")[0] for e in EXERCISES})
 
@@ -54,7 +61,7 @@ def test_exercise_is_complete(exercise):
     assert exercise.minutes > 0
     assert exercise.variants
     for variant in exercise.variants:
-        assert verdict(exercise.id, variant) == checks.Verdict("correct", exercise.takeaway)
+        assert verdict(exercise.id, variant) == exercises.Verdict("correct", exercise.takeaway)
 
 
 # Written as a learner might, unlike the functions in the registry.
@@ -134,7 +141,7 @@ def test_answer_that_raises(exercise, capsys):
         print("noise")
         raise RuntimeError("no\nluck")
 
-    checks.check(exercise.id, answer)
+    exercises.check(exercise.id, answer)
     line = capsys.readouterr().out
     assert line.startswith(f"Exercise {exercise.id}: not yet. ")
     assert line.count("\n") == 1
@@ -154,7 +161,7 @@ def test_answer_that_raises(exercise, capsys):
     ],
 )
 def test_answer_that_changes_its_input(id, spoil):
-    right = exercises()[id].variants[0]
+    right = registry()[id].variants[0]
 
     def answer(*args):
         result = right(*args)
@@ -207,7 +214,7 @@ def run(source: str, namespace: dict | None = None) -> dict:
 @pytest.mark.parametrize("answer", [stub, stub_with_comment, decorated_stub], ids=name_of)
 @each_exercise
 def test_untouched_stub(exercise, answer, capsys):
-    checks.check(exercise.id, answer)
+    exercises.check(exercise.id, answer)
     assert capsys.readouterr().out == f"Exercise {exercise.id}: not attempted yet\n"
 
 
@@ -246,7 +253,7 @@ def test_bug_hunt_starts_from_the_broken_function(exercise):
 )
 def test_bad_calls_of_check(arguments, error, fragment):
     with pytest.raises(error, match=re.escape(fragment)):
-        checks.check(*arguments)
+        exercises.check(*arguments)
 
 
 # The notebooks ---------------------------------------------------------------------------------
@@ -311,4 +318,4 @@ def test_folded_solution_passes(exercise: Exercise):
     assert before.status == "not attempted"
     namespace = run(solution_of(folded), namespace)
     after = verdict(exercise.id, *(namespace[name] for name in exercise.function_names))
-    assert after == checks.Verdict("correct", exercise.takeaway)
+    assert after == exercises.Verdict("correct", exercise.takeaway)

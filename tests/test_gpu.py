@@ -2,7 +2,7 @@
 
 import json
 
-from workshop import gpu
+from labkit.authoring import gpu
 
 
 def test_the_record_holds_every_format_or_why_not(monkeypatch):

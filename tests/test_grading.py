@@ -11,11 +11,11 @@ import nbformat
 import pytest
 from nbformat import v4
 
-from labkit import checks
-from workshop import exercises, grading, learner, notebooks
+from labkit import exercises
+from labkit.authoring import exercise_cells, grading, learner, notebooks
 
 CHAPTER = "01_basics"
-STARS = {id: e.stars for id, e in checks.exercises().items() if id.startswith("1.")}
+STARS = {id: e.stars for id, e in exercises.registry().items() if id.startswith("1.")}
 # nbgrader names a learner after the system's user; on JupyterHub's images, after the hub's.
 AS_ON_A_HUB = (
     "import nbgrader.utils; nbgrader.utils.get_osusername = lambda: 'jovyan'\n"
@@ -45,8 +45,9 @@ def nbgrader(folder: Path, *arguments: str, user: str = "teacher", fails: bool =
 def solve(notebook, *ids: str) -> None:
     original = notebooks.read(learner.NOTEBOOKS / f"{CHAPTER}.ipynb")
     for id in ids:
-        folded = exercises.exercises_of(original)[id].folded.source
-        exercises.exercises_of(notebook)[id].stub.source += "\n" + exercises.solution_of(folded)
+        folded = exercise_cells.exercises_of(original)[id].folded.source
+        solution = exercise_cells.solution_of(folded)
+        exercise_cells.exercises_of(notebook)[id].stub.source += "\n" + solution
 
 
 def solved(notebook) -> None:
@@ -59,13 +60,13 @@ def unsolved(notebook) -> None:
 
 def half(notebook) -> None:
     solve(notebook, "1.1", "1.2", "1.3")
-    stub = exercises.exercises_of(notebook)["1.4"].stub
-    (name,) = checks.exercises()["1.4"].function_names
+    stub = exercise_cells.exercises_of(notebook)["1.4"].stub
+    (name,) = exercises.registry()["1.4"].function_names
     stub.source += f"\ndef {name}(row):\n    return row"
 
 
 def hostile(notebook) -> None:
-    cells = exercises.exercises_of(notebook)
+    cells = exercise_cells.exercises_of(notebook)
     solve(notebook, "1.3", "1.4", "1.6")
     cells["1.1"].stub.source += "\ndef decode_fp16(pattern):\n    while True:\n        pass"
     cells["1.2"].stub.source += "\nimport sys\nsys.exit(0)"
@@ -78,7 +79,7 @@ def hostile(notebook) -> None:
 
 def killer(notebook) -> None:
     solve(notebook, "1.1")
-    cells = exercises.exercises_of(notebook)
+    cells = exercise_cells.exercises_of(notebook)
     cells["1.2"].stub.source += "\nimport os\nos._exit(0)"
 
 
@@ -155,8 +156,8 @@ def test_who_ends_the_kernel_is_named_and_gets_no_feedback(course):
 
 def test_the_release_has_locked_checks_and_untouched_stubs(course):
     released = notebooks.read(course / "release" / CHAPTER / f"{CHAPTER}.ipynb")
-    original = exercises.exercises_of(notebooks.read(learner.NOTEBOOKS / f"{CHAPTER}.ipynb"))
-    for id, cells in exercises.exercises_of(released).items():
+    original = exercise_cells.exercises_of(notebooks.read(learner.NOTEBOOKS / f"{CHAPTER}.ipynb"))
+    for id, cells in exercise_cells.exercises_of(released).items():
         assert cells.stub.source.split(grading.STUB)[0].strip() == original[id].stub.source.strip()
         assert cells.check.source.strip() == original[id].check.source.strip()
         marks = cells.check.metadata.nbgrader
@@ -176,8 +177,8 @@ def secret_lines(path: Path) -> dict[str, set[str]]:
     notebook = notebooks.read(path)
     public = squeezed("\n".join(c.source for c in learner.learner_copy(notebook).cells))
     found = {}
-    for id, cells in exercises.exercises_of(notebook).items():
-        lines = map(squeezed, exercises.solution_of(cells.folded.source).splitlines())
+    for id, cells in exercise_cells.exercises_of(notebook).items():
+        lines = map(squeezed, exercise_cells.solution_of(cells.folded.source).splitlines())
         found[id] = {line for line in lines if len(line) > 12 and line not in public}
     return found
 
@@ -196,7 +197,7 @@ def test_no_solution_is_in_a_learner_copy(path):
         copy = notebooks.as_bytes(learner.learner_copy(notebook, hints)).decode()
         text = "\n".join(cell.source for cell in nbformat.reads(copy, as_version=4).cells)
         assert leaks(text, secrets) == set()
-    folded = "\n".join(c.folded.source for c in exercises.exercises_of(notebook).values())
+    folded = "\n".join(c.folded.source for c in exercise_cells.exercises_of(notebook).values())
     assert leaks(folded, secrets) == set(secrets), "the test must see a leak where there is one"
 
 
@@ -233,7 +234,7 @@ def test_autograding_has_what_every_answer_and_check_needs(path, tmp_path):
             file.write_text(cell.source, encoding="utf8")  # numba wants a file for its cache
             exec(compile(cell.source, file, "exec"), namespace)
             tested += "BEGIN HIDDEN TESTS" in cell.source
-    assert tested == len(exercises.exercises_of(source))
+    assert tested == len(exercise_cells.exercises_of(source))
     assert len(source.cells) > 2 * tested
     ids = [cell.id for cell in source.cells]
     assert len(set(ids)) == len(ids)
@@ -241,7 +242,7 @@ def test_autograding_has_what_every_answer_and_check_needs(path, tmp_path):
 
 def test_a_wrong_answer_fails_its_test():
     source = grading.source_notebook(notebooks.read(learner.NOTEBOOKS / f"{CHAPTER}.ipynb"))
-    cells = exercises.exercises_of(source)["1.1"]
+    cells = exercise_cells.exercises_of(source)["1.1"]
     namespace = {}
     exec("import labkit as lk\ndef decode_fp16(pattern): return 0.0", namespace)
     with pytest.raises(AssertionError, match=r"1\.1 is not solved"):

@@ -9,7 +9,7 @@ import pytest
 from traitlets.config import Config
 
 from labkit import models
-from workshop.doctor import MEMORY_OF_A_CHAPTER
+from labkit.authoring.doctor import MEMORY_OF_A_CHAPTER
 
 SOURCE = Path(__file__).parent.parent / "classroom" / "jupyterhub_config.py"
 SERVER_NBYTES = 200_000_000  # one learner's JupyterLab server without a kernel, as TEACHING.md says

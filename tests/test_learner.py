@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from labkit import __main__ as command_line
-from workshop import exercises, learner, notebooks
+from labkit.authoring import exercise_cells, learner, notebooks
 
 NAMES = [path.name for path in learner.chapters()]
 each_chapter = pytest.mark.parametrize("path", learner.chapters(), ids=lambda path: path.stem)
@@ -42,7 +42,7 @@ def test_a_copy_has_the_same_code_and_no_outputs(path):
     assert [cell.source for cell in before] == [cell.source for cell in after]
     assert any(cell.outputs for cell in before), "the original must stay as it was"
     assert all(cell.outputs == [] and cell.execution_count is None for cell in after)
-    for id, cells in exercises.exercises_of(original).items():
+    for id, cells in exercise_cells.exercises_of(original).items():
         (output,) = cells.check.outputs
         assert output.text == f"Exercise {id}: not attempted yet\n"
         assert "tags" not in cells.check.metadata, "nbval must compare what the check says"
@@ -51,22 +51,22 @@ def test_a_copy_has_the_same_code_and_no_outputs(path):
 @each_chapter
 def test_solutions_go_and_hints_go_on_request(path):
     original = notebooks.read(path)
-    for hints, left in ((True, exercises.HINTS), (False, ())):
+    for hints, left in ((True, exercise_cells.HINTS), (False, ())):
         copy = learner.learner_copy(original, hints)
         text = "\n".join(cell.source for cell in copy.cells)
         folds = text.count("<details>")
-        assert folds == len(left) * len(exercises.exercises_of(original))
-        assert f"<summary>{exercises.SOLUTION}</summary>" not in text
-        assert len(copy.cells) >= len(original.cells) - len(exercises.exercises_of(original))
+        assert folds == len(left) * len(exercise_cells.exercises_of(original))
+        assert f"<summary>{exercise_cells.SOLUTION}</summary>" not in text
+        assert len(copy.cells) >= len(original.cells) - len(exercise_cells.exercises_of(original))
 
 
 @each_chapter
 def test_a_solved_chapter_runs_on_as_an_unsolved_one(path):
     # No later cell may read what an answer binds: then solving cannot change how it runs.
     cells = notebooks.read(path).cells
-    places = exercises.exercises_of(notebooks.read(path))
+    places = exercise_cells.exercises_of(notebooks.read(path))
     for id, exercise in places.items():
-        bound = names(ast.parse(exercises.solution_of(exercise.folded.source)), ast.Store)
+        bound = names(ast.parse(exercise_cells.solution_of(exercise.folded.source)), ast.Store)
         at = next(i for i, cell in enumerate(cells) if cell.id == exercise.check.id)
         own = {cell.id for cells_ in places.values() for cell in cells_}
         later = [c for c in cells[at + 1 :] if c.cell_type == "code" and c.id not in own]

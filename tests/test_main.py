@@ -13,7 +13,7 @@ from nbformat import v4
 
 from labkit import __main__ as command_line
 from labkit import models
-from workshop import doctor, notebooks
+from labkit.authoring import doctor, notebooks
 
 
 def labkit(*arguments: str, **options) -> subprocess.CompletedProcess:

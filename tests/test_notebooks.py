@@ -7,7 +7,7 @@ import pytest
 from nbformat import v4
 from notebook_rules import LABKIT, ROOT, code_cells, problems_of, tags, unpinned_imports
 
-from workshop import notebooks
+from labkit.authoring import notebooks
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAX_NBYTES = 2_500_000

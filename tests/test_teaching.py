@@ -14,12 +14,12 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbconvert.filters.markdown_mistune import markdown2html_mistune
 from test_grading import leaks, secret_lines
 
-from labkit.checks import exercises
-from workshop import learner, teaching
+from labkit.authoring import learner, teaching
+from labkit.exercises import registry
 
 NOTEBOOKS = teaching.GUIDE.parent
 GUIDE = teaching.GUIDE.read_text(encoding="utf8")
-EXERCISES = list(exercises().values())
+EXERCISES = list(registry().values())
 CHAPTERS = sorted({exercise.id.split(".")[0] for exercise in EXERCISES})
 HEADING = re.compile(r"^(#{1,6}) (.+)$", re.MULTILINE)
 
@@ -53,7 +53,7 @@ def generated(text: str, name: str) -> str:
 def test_the_guide_has_each_exercise_with_its_answers(exercise):
     part = below(GUIDE, 4, f"Exercise {exercise.id} — {exercise.title}")
     assert generated(part, f"answers {exercise.id}") == teaching.answers(exercise), (
-        "run: python -m workshop.teaching"
+        "run: python -m labkit.authoring.teaching"
     )
     by_hand, asks, questions = part.partition("**Ask.**")
     by_hand = " ".join(by_hand.split())
@@ -70,7 +70,9 @@ def test_the_times_are_those_of_the_record():
     record = teaching.read_times(teaching.GUIDE)
     if record is None:
         pytest.skip("there is no notebooks/records/00_times.json yet")
-    assert generated(GUIDE, "times") == teaching.times(record), "run: python -m workshop.teaching"
+    assert generated(GUIDE, "times") == teaching.times(record), (
+        "run: python -m labkit.authoring.teaching"
+    )
 
 
 def made_up_record() -> dict:
@@ -158,7 +160,7 @@ def test_update_rewrites_what_lies_between_markers_and_nothing_else(guide):
     guide.write_text(stale, encoding="utf8")
     assert teaching.update(guide)
     text = guide.read_text(encoding="utf8")
-    fresh = teaching.answers(exercises()["1.1"])
+    fresh = teaching.answers(registry()["1.1"])
     assert generated(text, "answers 1.1") == fresh
     assert "# My own title" in text
     assert generated(text, "times") == generated(GUIDE, "times"), "no record beside it: it stays"
@@ -344,7 +346,7 @@ def test_sections_and_exercises_exist(title):
         for name in row.titles:
             assert name in parts_of(row.notebook), f"{row.notebook} has no {name!r}"
         if row.how == "exercise":
-            minutes = [exercises()[name.split()[1]].minutes for name in row.titles]
+            minutes = [registry()[name.split()[1]].minutes for name in row.titles]
             assert sum(minutes) == row.stop - row.start, row
         else:
             assert not any(name.startswith("Exercise") for name in row.titles)

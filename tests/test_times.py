@@ -23,7 +23,7 @@ NOTEBOOKS = {
 
 
 def record(folder, *chosen: str) -> dict:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "workshop.times", "--nbval"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "labkit.authoring.times", "--nbval"]
     options = ["--nbval-current-env", f"--rootdir={folder}", "-p", "no:cacheprovider"]
     paths = [str(folder / "notebooks" / name) for name in chosen]
     subprocess.run([*command, *options, *paths], capture_output=True, check=False)

@@ -1,4 +1,4 @@
-"""How the tiny LM was trained: `python -m workshop.pretrain` does it again."""
+"""How the tiny LM was trained: `python -m labkit.authoring.pretrain` does it again."""
 
 import argparse
 import json

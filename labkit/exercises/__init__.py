@@ -119,7 +119,7 @@ def verdict(id: str, *answers: Callable) -> Verdict:
 
 
 @cache
-def exercises() -> types.MappingProxyType[str, Exercise]:
+def registry() -> types.MappingProxyType[str, Exercise]:
     """Return all exercises by id, in reading order."""
     names = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name.startswith("chapter"))
     chapters = [importlib.import_module(f"{__name__}.{name}") for name in names]
@@ -129,9 +129,9 @@ def exercises() -> types.MappingProxyType[str, Exercise]:
 def _find(id: str) -> Exercise:
     if not isinstance(id, str):
         raise TypeError(f'id must be a string such as "1.2", not {id!r}')
-    if id not in exercises():
-        raise ValueError(f"there is no exercise {id!r}; there are {', '.join(exercises())}")
-    return exercises()[id]
+    if id not in registry():
+        raise ValueError(f"there is no exercise {id!r}; there are {', '.join(registry())}")
+    return registry()[id]
 
 
 def judge(

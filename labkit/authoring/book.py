@@ -13,9 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from workshop import elsewhere, notebooks
+from labkit.authoring import elsewhere, notebooks
 
-CHAPTERS = Path(__file__).parents[1] / "notebooks"
+CHAPTERS = Path(__file__).parents[2] / "notebooks"
 ASSETS = Path(__file__).with_name("book_assets")
 MARKER = ".quantization-workbook"
 MODULES = ("sphinx", "myst_nb", "sphinx_book_theme", "sphinx-mathjax-offline")

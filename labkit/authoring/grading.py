@@ -14,8 +14,8 @@ from pathlib import Path
 
 from nbformat import NotebookNode
 
-from labkit import checks
-from workshop import exercises, learner, notebooks
+from labkit import exercises
+from labkit.authoring import exercise_cells, learner, notebooks
 
 SKIP = "skip-execution"  # nbclient, by which nbgrader runs a notebook, passes over such a cell
 STUB = "# Your answer goes into the function above."
@@ -47,11 +47,11 @@ def source_notebook(notebook) -> NotebookNode:
         notebook: an `nbformat.NotebookNode`; stays as it is.
     """
     solutions = {
-        id: exercises.solution_of(cells.folded.source)
-        for id, cells in exercises.exercises_of(notebook).items()
+        id: exercise_cells.solution_of(cells.folded.source)
+        for id, cells in exercise_cells.exercises_of(notebook).items()
     }
     made = learner.learner_copy(notebook)
-    found = exercises.exercises_of(made)
+    found = exercise_cells.exercises_of(made)
     for id, cells in found.items():
         _mark_answer(id, cells.stub, solutions[id])
         _mark_test(id, cells.check)
@@ -71,9 +71,9 @@ def _mark_answer(id: str, cell, solution: str) -> None:
 
 
 def _mark_test(id: str, cell) -> None:
-    exercise = checks.exercises()[id]
+    exercise = exercises.registry()[id]
     names = ", ".join(exercise.function_names)
-    test = f'lk.checks.verdict("{id}", {names}).status == "correct"'
+    test = f'lk.exercises.verdict("{id}", {names}).status == "correct"'
     hidden = f'### BEGIN HIDDEN TESTS\nassert {test}, "{id} is not solved"\n### END HIDDEN TESTS'
     cell.source = f"{cell.source.rstrip()}\n{hidden}"
     cell.metadata["nbgrader"] = _marks(f"check-{id}", grade=True) | {"points": exercise.stars}

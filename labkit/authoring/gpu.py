@@ -1,4 +1,4 @@
-"""Chapter 5's record of a GPU: `python -m workshop.gpu` measures and writes it.
+"""Chapter 5's record of a GPU: `python -m labkit.authoring.gpu` measures and writes it.
 
 Products of square matrices by number format, and SmolLM2 in three formats. What this GPU or this
 build of torch cannot do is recorded as its error.
@@ -16,7 +16,7 @@ import torch
 
 from labkit import data, machine, measure, models
 
-FOLDER = Path(__file__).parents[1] / "notebooks" / "records"
+FOLDER = Path(__file__).parents[2] / "notebooks" / "records"
 
 
 def record(device: str = "cuda", size: int = 8192, model_name: str = "smollm2") -> dict:
@@ -35,7 +35,7 @@ def record(device: str = "cuda", size: int = 8192, model_name: str = "smollm2") 
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "no GPU"
     return {
         "label": "measured once on the machine named here; not run by the tests",
-        "script": "python -m workshop.gpu",
+        "script": "python -m labkit.authoring.gpu",
         "gpu": name,
         "machine": {key: str(value) for key, value in machine.hardware().items()},
         "cuda": str(torch.version.cuda),
@@ -147,10 +147,10 @@ def _speak(device: str, model_name: str, form: str) -> dict[str, float]:
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
-        sys.exit("workshop.gpu: torch sees no CUDA device; install a CUDA build of torch")
+        sys.exit("labkit.authoring.gpu: torch sees no CUDA device; install a CUDA build of torch")
     found = record()
     path = FOLDER / f"05_gpu_{found['date']}.json"
     if path.exists():
-        sys.exit(f"workshop.gpu: {path} exists; move it away first")
+        sys.exit(f"labkit.authoring.gpu: {path} exists; move it away first")
     path.write_text(json.dumps(found, indent=2) + "\n")
     sys.stdout.write(f"{path}\n")

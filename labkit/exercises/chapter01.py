@@ -10,7 +10,7 @@ import struct
 import numpy as np
 import torch
 
-from labkit.checks import Exercise, Wrong, call, judge, kind, misfit, show
+from labkit.exercises import Exercise, Wrong, call, judge, kind, misfit, show
 
 # 1.1 ------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
-"""A pytest plugin that records what notebooks take: `pytest -p workshop.times --nbval notebooks`.
+"""A pytest plugin that records what notebooks take.
 
-The record, `notebooks/records/00_times.json`, is where the teacher's guide has its times from. A
-notebook that was not run, or not passed, keeps the figures of an earlier run.
+`pytest -p labkit.authoring.times --nbval notebooks` runs it. The record,
+`notebooks/records/00_times.json`, is where the teacher's guide has its times from. A notebook that
+was not run, or not passed, keeps the figures of an earlier run.
 """
 
 import json
@@ -10,16 +11,16 @@ import time
 from pathlib import Path
 
 from labkit import machine
-from workshop import notebooks
+from labkit.authoring import notebooks
 
-COMMAND = "pytest -p workshop.times --nbval notebooks"
+COMMAND = "pytest -p labkit.authoring.times --nbval notebooks"
 _SHOWN_CELLS = 3
 _ANSWER_SECONDS = 30
 
 
 def pytest_configure(config) -> None:
     """Start with an empty record."""
-    config.pluginmanager.register(_Recorder(), "workshop-times-recorder")
+    config.pluginmanager.register(_Recorder(), "labkit-times-recorder")
 
 
 class _Recorder:

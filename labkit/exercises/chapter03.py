@@ -9,7 +9,7 @@ import math
 import numpy as np
 import torch
 
-from labkit.checks import Exercise, call, judge, kind, misfit, show
+from labkit.exercises import Exercise, call, judge, kind, misfit, show
 
 # 3.1 and 3.2 ----------------------------------------------------------------------------------
 

@@ -1,4 +1,6 @@
-"""The generated parts of the teacher's guide: `python -m workshop.teaching` brings them up to date.
+"""The generated parts of the teacher's guide.
+
+`python -m labkit.authoring.teaching` brings them up to date.
 
 They lie between two comments, `<!-- generated: NAME -->` and `<!-- end -->`, each alone on a line.
 `answers 1.1` holds the known wrong answers of exercise 1.1 with what the check says to each;
@@ -11,10 +13,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from labkit.checks import Exercise, exercises
-from workshop import notebooks
+from labkit.authoring import notebooks
+from labkit.exercises import Exercise, registry
 
-GUIDE = Path(__file__).parents[1] / "notebooks" / "TEACHING.md"
+GUIDE = Path(__file__).parents[2] / "notebooks" / "TEACHING.md"
 _MARKER = re.compile(r"^<!-- (?:generated: (?P<name>.+?)|end) -->$", re.MULTILINE)
 _SHOWN_SIGNS = 40  # of the first line of a cell
 _SIGNS = {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {sign: f"\\{sign}" for sign in "\\`*_[]$|~"}
@@ -41,7 +43,7 @@ def update(path: Path) -> bool:
             fit; the file is left as it was.
     """
     text = path.read_text(encoding="utf8")
-    parts = {f"answers {exercise.id}": answers(exercise) for exercise in exercises().values()}
+    parts = {f"answers {exercise.id}": answers(exercise) for exercise in registry().values()}
     parts["times"] = times(record) if (record := read_times(path)) else None
     filled = fill(text, parts)
     if filled == text:
@@ -125,7 +127,7 @@ def times(record: dict) -> str:
         GuideError: if a chapter with exercises has no record, or a part of it is missing.
     """
     chapters: dict[str, list[Exercise]] = {}
-    for exercise in exercises().values():
+    for exercise in registry().values():
         chapters.setdefault(exercise.id.split(".")[0], []).append(exercise)
     try:
         found = {str(int(name[:2])): (name, of) for name, of in record["notebooks"].items()}
@@ -155,7 +157,7 @@ def _times_row(number: str, name: str, of: dict, inside: Iterable[Exercise]) -> 
 
 def _times_total(every: list[dict]) -> tuple[str, ...]:
     cost = _cost(sum(of["seconds"] for of in every), max(of["peak_nbytes"] for of in every))
-    return "all", *_sums(exercises().values()), cost[0], f"at most {cost[1]}", ""
+    return "all", *_sums(registry().values()), cost[0], f"at most {cost[1]}", ""
 
 
 def _sums(inside: Iterable[Exercise]) -> tuple[str]:

@@ -15,7 +15,7 @@ from statistics import fmean, median
 import numpy as np
 import torch
 
-from labkit.checks import Exercise, Wrong, call, judge, kind, same, show
+from labkit.exercises import Exercise, Wrong, call, judge, kind, same, show
 
 
 class _Case:

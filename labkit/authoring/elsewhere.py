@@ -1,7 +1,7 @@
 """Opening a chapter on somebody else's machine: its links, and its first code cell.
 
-`python -m workshop.elsewhere` writes both into every chapter, from the repository's address and the
-version in `pyproject.toml`: run it after changing either.
+`python -m labkit.authoring.elsewhere` writes both into every chapter, from the repository's
+address and the version in `pyproject.toml`: run it after changing either.
 """
 
 import sys
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import nbformat
 
-from workshop import learner, notebooks
+from labkit.authoring import learner, notebooks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 SETUP_ID = "elsewhere"
 

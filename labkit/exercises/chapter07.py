@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from labkit.checks import Exercise, Wrong, call, judge, kind, misfit, same, show
+from labkit.exercises import Exercise, Wrong, call, judge, kind, misfit, same, show
 
 
 class _Raised(tuple):

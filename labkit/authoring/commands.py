@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
         return chosen.run(chosen)
     except (RuntimeError, OSError) as error:
         # torch and others raise RuntimeError as well: a bug, whose traceback we want.
-        ours = type(error).__module__.startswith(("labkit.", "workshop."))
+        ours = type(error).__module__.startswith("labkit.")
         if not isinstance(error, OSError) and not ours:
             raise
         print(f"labkit {chosen.command}: {error}", file=sys.stderr)
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _doctor(chosen: argparse.Namespace) -> int:
-    from workshop import doctor
+    from labkit.authoring import doctor
 
     return doctor.examine()
 
@@ -72,23 +72,23 @@ def _fetch(chosen: argparse.Namespace) -> int:
 
 
 def _refresh(chosen: argparse.Namespace) -> int:
-    from workshop import notebooks
+    from labkit.authoring import notebooks
 
     return notebooks.refresh_folder(chosen.folder, chosen.chapters)
 
 
 def _release(chosen: argparse.Namespace) -> int:
     if chosen.nbgrader:
-        from workshop import grading
+        from labkit.authoring import grading
 
         return grading.release_course(chosen.folder)
-    from workshop import learner
+    from labkit.authoring import learner
 
     return learner.release(chosen.folder, hints=not chosen.without_hints)
 
 
 def _reset(chosen: argparse.Namespace) -> int:
-    from workshop import learner
+    from labkit.authoring import learner
 
     kept = learner.reset(chosen.chapter, chosen.folder)
     mine = kept.stem.endswith("_mine")
@@ -97,7 +97,7 @@ def _reset(chosen: argparse.Namespace) -> int:
 
 
 def _book(chosen: argparse.Namespace) -> int:
-    from workshop import book
+    from labkit.authoring import book
 
     print(f"The book is ready: {book.build(chosen.folder)}")
     return 0

@@ -11,7 +11,7 @@ from statistics import fmean, median
 import numpy as np
 import torch
 
-from labkit.checks import Exercise, call, judge, kind, misfit, show
+from labkit.exercises import Exercise, call, judge, kind, misfit, show
 
 
 def _number(written: str, got, expected: float, tolerance: float) -> str | None:

@@ -10,11 +10,11 @@ import time
 from itertools import chain, count
 from pathlib import Path
 
-from workshop import exercises, notebooks
+from labkit.authoring import exercise_cells, notebooks
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 MANIFEST = "MANIFEST.json"
-LINKS = re.compile(r"^Without installing: .*\n\n", re.MULTILINE)  # see workshop.elsewhere
+LINKS = re.compile(r"^Without installing: .*\n\n", re.MULTILINE)  # see labkit.authoring.elsewhere
 
 
 class ReleaseError(RuntimeError):
@@ -51,9 +51,9 @@ def learner_copy(notebook, hints: bool = True):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     made.cells[0].source = LINKS.sub("", made.cells[0].source)
-    dropped = (exercises.SOLUTION, *(() if hints else exercises.HINTS))
-    for found in exercises.exercises_of(made).values():
-        found.folded.source = exercises.without_folds(found.folded.source, dropped)
+    dropped = (exercise_cells.SOLUTION, *(() if hints else exercise_cells.HINTS))
+    for found in exercise_cells.exercises_of(made).values():
+        found.folded.source = exercise_cells.without_folds(found.folded.source, dropped)
     made.cells = [cell for cell in made.cells if cell.source]
     return made
 

@@ -1,4 +1,4 @@
-"""Settings of Sphinx for the book; `workshop.book` copies this file beside the chapters."""
+"""Settings of Sphinx for the book; `labkit.authoring.book` copies this file beside the chapters."""
 
 extensions = ["myst_nb", "sphinx.ext.mathjax"]
 project = html_title = "The quantization workbook"

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from nbformat import NotebookNode
 
-from workshop.notebooks import NotebookError
+from labkit.authoring.notebooks import NotebookError
 
 HINTS, SOLUTION = ("Hint", "Bigger hint"), "Solution"
 _KINDS = ["markdown", "code", "code", "markdown"]
