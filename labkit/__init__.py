@@ -12,10 +12,10 @@ for _name in ("torchao", "torch.utils._pytree"):
 _NAMES = {
     "models": ("load_model", "generate"),
     "data": ("text", "windows", "digits", "docstrings"),
-    "measure": ("perplexity", "paired_difference", "alternate"),
+    "measure": ("perplexity", "paired_difference", "alternate", "once", "ratio"),
     "ledger": ("save_weights", "load_weights", "byte_ledger"),
     "machine": ("resident_memory", "peak_memory", "hardware", "quantized_engine"),
-    "claims": ("claim",),
+    "claims": ("claim", "timed_claim"),
     "exercises": ("check",),
     "plotting": ("subplots", "show", "COLORS", "MARKERS", "HATCHES"),
 }

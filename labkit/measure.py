@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+BUSY_SHARE = 1 / 6
+MIN_CPU_SECONDS = 0.2
 _QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
 
 
@@ -149,22 +151,52 @@ def paired_difference(other: Perplexity, reference: Perplexity) -> Difference:
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of one call: median and quartiles in seconds, over `runs` calls on `threads` threads."""
+    """Time of one call: median and quartiles in seconds, over `runs` calls on `threads` threads.
+
+    Attributes:
+        busy: whether other programs took a sixth of the processor or more meanwhile.
+        rounds: the seconds of each call, in order.
+        turn: stands for the call of `alternate` that timed it; None for a single run.
+    """
 
     seconds: float
     low: float
     high: float
     runs: int
     threads: int
+    busy: bool = False
+    rounds: tuple[float, ...] = field(default=(), repr=False)
+    turn: object | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         unit, factor = ("ms", 1e3) if self.seconds < 1 else ("s", 1)
         low, middle, high = (f"{x * factor:.3g}" for x in (self.low, self.seconds, self.high))
-        return f"{middle} {unit} ({low} to {high}, {self.runs} runs, threads: {self.threads})"
+        busy = ", on a busy machine" if self.busy else ""
+        return f"{middle} {unit} ({low} to {high}, {self.runs} runs, threads: {self.threads}{busy})"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One time over another, from `ratio`.
+
+    Attributes:
+        value: the median over rounds.
+        low, high: its quartiles.
+        origin: how it was timed, in words.
+    """
+
+    value: float
+    low: float
+    high: float
+    origin: str
 
 
 def alternate(
-    functions: dict[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1
+    functions: dict[str, Callable[[], Any]],
+    repeats: int = 5,
+    warmup: int = 1,
+    *,
+    own_clock: bool = False,
 ) -> dict[str, Latency]:
     """Time several calls in turn (A B A B …), so that a drift of the machine hits all alike.
 
@@ -172,6 +204,7 @@ def alternate(
         functions: by name; each is called without arguments.
         repeats: rounds that count, 1 or more.
         warmup: rounds before them that do not.
+        own_clock: whether each function returns the seconds that count, e.g. without its set-up.
 
     Returns:
         A `Latency` for each name.
@@ -188,10 +221,69 @@ def alternate(
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be ≥ 1 and warmup ≥ 0, not {repeats} and {warmup}")
     seconds = {name: [] for name in functions}
+    others = _OtherPrograms()
     for _ in range(warmup + repeats):
         for name, function in functions.items():
-            seconds[name].append(_seconds(function))
-    return {name: _summary(times[warmup:]) for name, times in seconds.items()}
+            seconds[name].append(function() if own_clock else _seconds(function))
+    turn, busy = object(), others.share() > BUSY_SHARE
+    return {name: _summary(times[warmup:], busy, turn) for name, times in seconds.items()}
+
+
+def once(function: Callable[[], Any]) -> tuple[Latency, Any]:
+    """Time one call that is too long, or changes too much, to be made again.
+
+    Returns:
+        A `Latency` of one run, and what the function returned.
+    """
+    others, kept = _OtherPrograms(), []
+    seconds = _seconds(lambda: kept.append(function()))
+    return _summary([seconds], others.share() > BUSY_SHARE, None), kept[0]
+
+
+def ratio(one: Latency, other: Latency, factor: float = 1.0) -> Ratio:
+    """Divide one time by another, round by round.
+
+    Args:
+        one, other: from the same call of `alternate`, or both from `once`.
+        factor: multiplies every ratio, e.g. tokens a call of `other` over those of `one`.
+
+    Raises:
+        ValueError: if they were timed apart, where a drift of the machine hits one alone.
+    """
+    single = one.turn is None and other.turn is None and one.runs == other.runs == 1
+    if not single and (one.turn is None or one.turn is not other.turn):
+        raise ValueError("one and other were timed apart; time both in one call of lk.alternate")
+    pairs = zip(one.rounds, other.rounds, strict=True)
+    ratios = torch.tensor([factor * a / b for a, b in pairs], dtype=torch.float64)
+    low, value, high = ratios.quantile(_QUARTILES).tolist()
+    origin = f"quartiles {low:.3g} to {high:.3g} over {len(ratios)} rounds in turn"
+    if single:
+        origin = "one run each"
+    if one.busy or other.busy:
+        origin += ", on a busy machine"
+    return Ratio(value, low, high, origin)
+
+
+class _OtherPrograms:
+    """What share of the processor other programs take, from here on."""
+
+    def __init__(self):
+        self.start = self._read()
+
+    def _read(self) -> tuple[float, float]:
+        import psutil
+
+        everyone, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        idle = everyone.idle + getattr(everyone, "iowait", 0.0)
+        guest = getattr(everyone, "guest", 0.0) + getattr(everyone, "guest_nice", 0.0)
+        busy = sum(everyone) - idle - guest  # a guest's time is in the user's already
+        return busy + idle, busy - own.user - own.system
+
+    def share(self) -> float:
+        """Return it, from 0 to 1; 0 for less than a fifth of a second, where nothing is known."""
+        (total, others), (total_then, others_then) = self._read(), self.start
+        passed = total - total_then
+        return max(0.0, (others - others_then) / passed) if passed > MIN_CPU_SECONDS else 0.0
 
 
 def _seconds(function: Callable[[], Any]) -> float:
@@ -207,6 +299,6 @@ def _wait_for_device() -> None:
         torch.accelerator.synchronize()
 
 
-def _summary(times: list[float]) -> Latency:
-    quartiles = torch.tensor(times, dtype=torch.float64).quantile(_QUARTILES).tolist()
-    return Latency(quartiles[1], quartiles[0], quartiles[2], len(times), torch.get_num_threads())
+def _summary(times: list[float], busy: bool, turn: object | None) -> Latency:
+    low, median, high = torch.tensor(times, dtype=torch.float64).quantile(_QUARTILES).tolist()
+    return Latency(median, low, high, len(times), torch.get_num_threads(), busy, tuple(times), turn)

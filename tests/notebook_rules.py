@@ -4,11 +4,13 @@ import ast
 import functools
 import importlib.metadata
 import itertools
+import math
 import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
@@ -19,6 +21,7 @@ from labkit.authoring import elsewhere
 
 ROOT = Path(__file__).parent.parent
 LABKIT = ROOT / "labkit"
+RECORDS = ROOT / "notebooks" / "records"
 NOT_STRICT = {"nbval-ignore-output", "nbval-skip"}
 MACHINE_PATH = re.compile(
     r"(?<![\w./-])/(home|root|work|tmp|Users|private|var|opt|mnt)/|[A-Za-z]:\\\\?Users"
@@ -218,7 +221,7 @@ def headings_skip_no_level(notebook) -> Iterator[str]:
 def claims_are_strict_and_unique(notebook) -> Iterator[str]:
     seen = set()
     for cell in code_cells(notebook):
-        for call in calls(cell, "claim"):
+        for call in calls(cell, "claim") + calls(cell, "timed_claim"):
             named = [k.value for k in call.keywords if k.arg == "id"]
             id = (call.args + named)[0] if call.args or named else None
             # In a loop over cases the id is an f-string: "6db-{name}".
@@ -229,9 +232,103 @@ def claims_are_strict_and_unique(notebook) -> Iterator[str]:
             elif id in seen:
                 yield f"claim {id!r} is made twice"
             seen.add(id)
-            conditional = any(k.arg == "condition" for k in call.keywords)
-            if tags(cell) and not conditional:
+            if tags(cell):
                 yield f"claim {id!r} is in a tagged cell, where its output is not compared"
+
+
+class Line(NamedTuple):
+    """A claim as a notebook printed it; `null` is None where it has none, a yes has band 1 to 1."""
+
+    kind: str  # its sign: ✓ measured, ✎ recorded, ◷ timed
+    id: str
+    sentence: str
+    shown: str
+    low: float
+    high: float
+    null: float | None
+    rest: str
+
+
+_LINE = re.compile(
+    r"^([✓✎◷]) ([\w.+-]+): (.+) = (\S+) "
+    r"\(band ([^;)]+)(?:; null ([^;)]+))?(?:; recorded: ([^)]+))?\)(.*)$",
+    re.MULTILINE,
+)
+
+
+def claim_lines(notebook) -> Iterator[Line]:
+    """Yield every claim that the outputs of a notebook hold.
+
+    Raises:
+        ValueError: if a line that starts as a claim does not read as one.
+    """
+    for cell in code_cells(notebook):
+        for text in output_texts(cell):
+            signs = len(re.findall(r"^[✓✎◷] ", text, re.MULTILINE))
+            found = [_read_line(*parts) for parts in _LINE.findall(text)]
+            if len(found) != signs:
+                raise ValueError(f"cell {cell.execution_count}: a claim is not in today's form")
+            yield from found
+
+
+def _read_line(sign, id, sentence, shown, band, null, record, timed) -> Line:
+    number = {"must be yes": (1.0, 1.0)}.get(band)
+    words = band.replace(",", "").split()
+    if number is None and words[0] == "exactly":
+        number = float(words[1]), float(words[1])
+    elif number is None and words[:2] == ["at", "least"]:
+        number = float(words[2]), math.inf
+    elif number is None and words[:2] == ["at", "most"]:
+        number = -math.inf, float(words[2])
+    elif number is None:
+        number = float(words[0]), float(words[2])
+    return Line(sign, id, sentence, shown, *number, _maybe_float(null), record + timed)
+
+
+def _maybe_float(text: str) -> float | None:
+    return float(text.replace(",", "")) if text else None
+
+
+# What a sentence promises, and what its band must then rule out.
+PROMISES: dict[str, Callable[[Line], bool]] = {
+    r"\b(less than|at most|under) (a )?half\b": lambda line: line.high <= 0.5,
+    r"\b(more than|at least|over) (a )?half\b|\bmost of\b": lambda line: line.low >= 0.5,
+    r"\b(less than|at most|under) a third\b": lambda line: line.high <= 1 / 3,
+    r"\b(less than|at most|under) a quarter\b": lambda line: line.high <= 0.25,
+    r"\b(less than|at most|under) a tenth\b": lambda line: line.high <= 0.1,
+    r"\b(more than|at least) two thirds\b": lambda line: line.low >= 2 / 3,
+    r"\b(more than|at least) twice\b|\bmore than doubles\b": lambda line: line.low >= 2,
+    r"(?<!than )\btwice\b|\bdoubles\b": lambda line: line.low >= 1.5,
+    r"\btimes as (fast|many|large)\b|\bspeed-up\b": lambda line: line.low >= 1,
+    r"\bties?\b|\bno (loss|difference|gain|change)\b|\bas (good|fast|large) as\b": (
+        lambda line: line.low <= 0 <= line.high or line.low <= 1 <= line.high
+    ),
+    r"\b(faster|slower|better|worse|larger|smaller|cheaper|beats|wins|helps|hurts|gains)\b": (
+        lambda line: line.null is not None
+    ),
+}
+
+
+_TIMED = re.compile(r"quartiles .* rounds in turn|one run each")
+
+
+def claims_promise_what_their_bands_say(notebook) -> Iterator[str]:
+    try:
+        lines = list(claim_lines(notebook))
+    except ValueError as error:
+        yield str(error)
+        return
+    for line in lines:
+        for words, keeps in PROMISES.items():
+            found = re.search(words, line.sentence, re.IGNORECASE)
+            if found and not keeps(line):
+                yield f"claim {line.id!r} says {found[0]!r}, which its band does not promise"
+        if line.null is not None and line.low <= line.null <= line.high:
+            yield f"claim {line.id!r}: its band holds its null"
+        if line.kind == "◷" and not _TIMED.search(line.rest):
+            yield f"claim {line.id!r} does not say how it was timed"
+        if line.kind == "✎" and not (RECORDS / line.rest.partition(", ")[0]).exists():
+            yield f"claim {line.id!r} names a record that is not in notebooks/records"
 
 
 def taught_code_is_library_code(notebook) -> Iterator[str]:
@@ -258,6 +355,7 @@ RULES: tuple[Callable, ...] = (
     opens_and_closes_as_agreed,
     headings_skip_no_level,
     claims_are_strict_and_unique,
+    claims_promise_what_their_bands_say,
     taught_code_is_library_code,
 )
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 import time
 import warnings
 from types import SimpleNamespace
@@ -11,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import labkit as lk
 from labkit import ledger, machine, measure
 from labkit.kernels import PackedLinear
 
@@ -620,3 +624,68 @@ def test_no_quantized_engine(monkeypatch):
     monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["none"]))
     with pytest.raises(RuntimeError, match="no INT8 engine"):
         machine.quantized_engine()
+
+
+# Ratios of times
+
+
+def seconds_of(*rounds):
+    """Return a function that says it took these seconds, one a call."""
+    left = iter(rounds)
+    return lambda: next(left)
+
+
+def test_a_ratio_is_the_median_of_rounds_and_not_the_ratio_of_medians():
+    clocks = {"one": seconds_of(9, 1, 4, 6), "other": seconds_of(9, 1, 1, 3)}
+    times = lk.alternate(clocks, repeats=3, warmup=1, own_clock=True)
+    found = lk.ratio(times["one"], times["other"])
+    assert (found.value, found.low, found.high) == (2, 1.5, 3)
+    assert found.origin == "quartiles 1.5 to 3 over 3 rounds in turn"
+    assert lk.ratio(times["one"], times["other"], factor=10).value == 20
+
+
+def test_times_taken_apart_have_no_ratio():
+    one, other = (lk.alternate({"f": seconds_of(1, 1, 1)}, 2, 1, own_clock=True)["f"] for _ in "ab")
+    single, _ = lk.once(lambda: None)
+    for pair in ((one, other), (one, single), (single, one)):
+        with pytest.raises(ValueError, match="were timed apart; time both"):
+            lk.ratio(*pair)
+
+
+def test_one_call_is_timed_and_its_result_kept():
+    latency, result = lk.once(lambda: time.sleep(0.05) or "kept")
+    assert result == "kept"
+    assert latency.runs == 1
+    assert 0.05 <= latency.seconds < 5
+    assert lk.ratio(latency, latency).value == 1
+    assert lk.ratio(latency, latency).origin.startswith("one run each")
+
+
+def test_a_busy_machine_is_said(monkeypatch):
+    monkeypatch.setattr(measure._OtherPrograms, "share", lambda self: 0.5)
+    times = lk.alternate({"a": lambda: None, "b": lambda: None})
+    assert times["a"].busy
+    assert str(times["a"]).endswith(", on a busy machine)")
+    assert lk.ratio(times["a"], times["b"]).origin.endswith("in turn, on a busy machine")
+
+
+def test_other_programs_are_told_from_this_one():
+    def burn(seconds: float) -> None:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    others = measure._OtherPrograms()
+    burn(0.5)
+    own = others.share()
+    code = "import time; end = time.perf_counter() + 60\nwhile time.perf_counter() < end: pass"
+    children = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(os.cpu_count())]
+    try:
+        time.sleep(0.5)  # until they run
+        others = measure._OtherPrograms()
+        time.sleep(1)
+        assert others.share() > max(0.5, own)
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()

@@ -61,6 +61,14 @@ def error():
     return v4.new_output("error", ename="ValueError", evalue="no", traceback=["ValueError: no"])
 
 
+CLAIM = "✓ a-claim: One = 1 (band exactly 1)\n"
+
+
+def claims(text: str):
+    """Return a cell that printed claims."""
+    return code("x", outputs=[stream(text)])
+
+
 def sample(*extra):
     """Build a notebook that keeps every rule, with some cells put into its middle."""
     source = (LABKIT / "claims.py").read_text(encoding="utf8")
@@ -71,7 +79,7 @@ def sample(*extra):
         v4.new_markdown_cell("## Idea\n\n```python\n# no heading\n```\n\n### Detail"),
         code("import math\nimport labkit as lk\nimport sklearn.datasets, torch.nn"),
         code(ast.unparse(taught)),
-        code("lk.claim('a-claim', 'One is one', 1, 1, 1)", outputs=[stream("✓ a-claim\n")]),
+        code("lk.claim('a-claim', 'One', 1, 1, 1)", outputs=[stream(CLAIM)]),
         code("lk.show(figure, alt='text')", outputs=[figure(**{"image/png": {"alt": "A line."}})]),
         code("%timeit 1", "nbval-ignore-output", outputs=[stream("1 s, see https://a.b/home/x\n")]),
         code("1 / 0", "raises-exception", outputs=[error()]),
@@ -124,6 +132,18 @@ BROKEN_CELLS = [
     (code("claim(id='a-claim', sentence='Again', value=1)"), "'a-claim' is made twice"),
     (code("lk.claim(name, 'Again', 1, 1, 1)"), "id is not written out"),
     (code("lk.claim('b', 'New', 1, 1, 1)", "nbval-ignore-output"), "'b' is in a tagged cell"),
+    (code("lk.timed_claim('a-claim', 'Again', r, 1.2)"), "'a-claim' is made twice"),
+    (
+        claims("✓ x: Half of it is less than half = 0.4 (band 0.3 to 0.6; null 1)\n"),
+        "does not prom",
+    ),
+    (claims("✓ x: It doubles = 1.4 (band 1.3 to 2)\n"), "'doubles', which its band"),
+    (claims("✓ x: INT8 is better by = 1.4 (band 1.3 to 2)\n"), "'better', which its band"),
+    (claims("✓ x: They tie, nats = 0.1 (band 0.05 to 0.2)\n"), "'tie', which its band"),
+    (claims("✓ x: One over the other = 1.4 (band 0.7 to 2; null 1)\n"), "its band holds its null"),
+    (claims("✓ x: One over the other (between 0.7 and 2)\n"), "not in today's form"),
+    (claims("◷ x: Speed = 2 (band at least 1.2; null 1): holds here, yes\n"), "how it was timed"),
+    (claims("✎ x: Loss = 2 (band 1 to 2; recorded: none.json, Xeon)\n"), "names a record that"),
     (code("def windows(tokenizer):\n    return 1"), "windows differs"),
     (code("class QATLinear:\n    bits = 4"), "QATLinear differs"),
     (code("def f(:"), "is not Python"),

@@ -1,26 +1,18 @@
-"""Claims hold or raise, and print the same everywhere; figures come with their text."""
+"""Figures follow the style of the book, and come with their text."""
 
 import base64
-import math
 import subprocess
 import sys
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-import numpy as np
 import pytest
-import torch
 
 import labkit as lk
-from labkit import claims, plotting
+from labkit import plotting
 
 mpl.use("agg")
 ALT = "A line rises from one to three."
-
-
-@pytest.fixture(autouse=True)
-def _empty_registry(monkeypatch):
-    monkeypatch.setattr(claims, "REGISTRY", {})
 
 
 @pytest.fixture
@@ -28,79 +20,6 @@ def displayed(monkeypatch):
     calls = []
     monkeypatch.setattr("IPython.display.display", lambda *a, **k: calls.append((a, k)))
     return calls
-
-
-# Claims
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "band"),
-    [
-        (3.8, 4.05, "between 3.8 and 4.05"),
-        (3.8, math.inf, "at least 3.8"),
-        (-math.inf, 4.05, "at most 4.05"),
-        (3.9, 3.9, "exactly 3.9"),
-    ],
-)
-def test_a_claim_that_holds_prints_the_band_and_not_the_value(capsys, low, high, band):
-    lk.claim("storage", "INT8 takes a quarter", 3.9, low, high)
-    assert capsys.readouterr().out == f"✓ storage: INT8 takes a quarter ({band})\n"
-    assert claims.REGISTRY["storage"].value == 3.9
-
-
-@pytest.mark.parametrize("value", [3.8, 3.801, 4.05])
-def test_two_values_in_the_band_print_the_same(capsys, value):
-    lk.claim("x", "A sentence", value, 3.8, 4.05)
-    assert capsys.readouterr().out == "✓ x: A sentence (between 3.8 and 4.05)\n"
-
-
-@pytest.mark.parametrize("value", [3.7999, 4.0501, -4, math.inf, -math.inf, math.nan])
-def test_a_claim_that_fails_names_what_was_measured(capsys, value):
-    with pytest.raises(AssertionError) as raised:
-        lk.claim("storage", "INT8 takes a quarter", value, 3.8, 4.05)
-    assert str(raised.value) == (
-        f"storage: INT8 takes a quarter: measured {value:.6g}, expected between 3.8 and 4.05"
-    )
-    assert claims.REGISTRY == {}
-    assert capsys.readouterr().out == ""
-
-
-def test_the_condition_is_printed_and_kept(capsys):
-    lk.claim("fast", "INT8 is faster", 2.5, low=1, condition="AVX2, no VNNI")
-    assert capsys.readouterr().out == "✓ fast: INT8 is faster (at least 1) [AVX2, no VNNI]\n"
-    assert claims.REGISTRY["fast"].condition == "AVX2, no VNNI"
-
-
-@pytest.mark.parametrize("value", [1, True, np.float32(1), torch.tensor(1.0), np.array(1.0)])
-def test_every_kind_of_number_is_a_value(value):
-    lk.claim("one", "One is one", value, 1, 1)
-    assert claims.REGISTRY["one"] == claims.Claim("one", "One is one", 1.0, 1.0, 1.0, "")
-
-
-def test_running_a_cell_again_replaces_its_claim():
-    lk.claim("x", "First", 1, 0, 2)
-    lk.claim("x", "Second", 2, 0, 2)
-    assert [claim.sentence for claim in claims.REGISTRY.values()] == ["Second"]
-
-
-@pytest.mark.parametrize("value", ["high", None, [1, 2], torch.ones(2)])
-def test_what_is_no_number_is_refused(value):
-    with pytest.raises(TypeError, match="claim x: value, low and high must be numbers"):
-        lk.claim("x", "A sentence", value, 0, 1)
-
-
-def test_a_claim_without_a_bound_is_refused():
-    with pytest.raises(ValueError, match="claim x: give low, high or both"):
-        lk.claim("x", "A sentence", 1)
-
-
-@pytest.mark.parametrize(("low", "high"), [(2, 1), (math.nan, 1), (1, math.nan)])
-def test_an_empty_band_is_refused(low, high):
-    with pytest.raises(ValueError, match="must not be above"):
-        lk.claim("x", "A sentence", 1, low, high)
-
-
-# Figures
 
 
 def test_a_figure_is_shown_with_its_text(displayed):
