@@ -3,10 +3,12 @@
 import gc
 import inspect
 import json
+import os
 import platform
 import subprocess
 import sys
 import textwrap
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -125,12 +127,40 @@ def hardware() -> dict[str, Any]:
 def quantized_engine() -> str:
     """Return the value that suits this machine for `torch.backends.quantized.engine`; sets nothing.
 
+    The environment variable LABKIT_ENGINE names another one, e.g. `qnnpack`, which is what ARM uses.
+
     Raises:
-        RuntimeError: if this build of torch has none.
+        RuntimeError: if this build of torch has none, or not the one that LABKIT_ENGINE names.
     """
     supported = torch.backends.quantized.supported_engines
+    if chosen := os.environ.get("LABKIT_ENGINE"):
+        if chosen not in supported:
+            raise RuntimeError(f"LABKIT_ENGINE must be one of {supported}, not {chosen!r}")
+        return chosen
     arm = platform.machine().lower() in ("arm64", "aarch64")
     for engine in ("qnnpack",) if arm else ("x86", "fbgemm", "qnnpack"):
         if engine in supported:
             return engine
     raise RuntimeError(f"this build of torch has no INT8 engine for this CPU, only {supported}")
+
+
+@torch.no_grad()
+def exact_at_8_bits(engine: str | None = None) -> bool:
+    """Say whether an INT8 engine of torch multiplies exactly when activations use all 8 bits.
+
+    On x86 without VNNI the sum of two products has 16 bits: 2 · 255 · 127 does not fit, is cut, and
+    nobody is told. With 7 bits (torch's `reduce_range`) it fits.
+
+    Args:
+        engine: a value of `torch.backends.quantized.engine`; None: `quantized_engine()`.
+    """
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = engine or quantized_engine()
+    try:
+        with warnings.catch_warnings(action="ignore"):  # deprecated, as all of this engine
+            weight = torch.quantize_per_tensor(torch.full((16, 64), 127.0), 1.0, 0, torch.qint8)
+        packed = torch.ops.quantized.linear_prepack(weight, None)
+        found = torch.ops.quantized.linear_dynamic(torch.ones(4, 64), packed, False)
+    finally:
+        torch.backends.quantized.engine = before
+    return bool(torch.allclose(found, torch.full((4, 16), 64 * 127.0), rtol=1e-3))
