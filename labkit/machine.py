@@ -127,7 +127,7 @@ def hardware() -> dict[str, Any]:
 def quantized_engine() -> str:
     """Return the value that suits this machine for `torch.backends.quantized.engine`; sets nothing.
 
-    The environment variable LABKIT_ENGINE names another one, e.g. `qnnpack`, which is what ARM uses.
+    The environment variable LABKIT_ENGINE names another one, e.g. `qnnpack`, which ARM uses.
 
     Raises:
         RuntimeError: if this build of torch has none, or not the one that LABKIT_ENGINE names.

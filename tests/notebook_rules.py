@@ -4,13 +4,11 @@ import ast
 import functools
 import importlib.metadata
 import itertools
-import math
 import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
@@ -18,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from labkit.authoring import elsewhere
+from labkit.authoring.claim_lines import ClaimLine, claims_of
 
 ROOT = Path(__file__).parent.parent
 LABKIT = ROOT / "labkit"
@@ -236,61 +235,8 @@ def claims_are_strict_and_unique(notebook) -> Iterator[str]:
                 yield f"claim {id!r} is in a tagged cell, where its output is not compared"
 
 
-class Line(NamedTuple):
-    """A claim as a notebook printed it; `null` is None where it has none, a yes has band 1 to 1."""
-
-    kind: str  # its sign: ✓ measured, ✎ recorded, ◷ timed
-    id: str
-    sentence: str
-    shown: str
-    low: float
-    high: float
-    null: float | None
-    rest: str
-
-
-_LINE = re.compile(
-    r"^([✓✎◷]) ([\w.+-]+): (.+) = (\S+) "
-    r"\(band ([^;)]+)(?:; null ([^;)]+))?(?:; recorded: ([^)]+))?\)(.*)$",
-    re.MULTILINE,
-)
-
-
-def claim_lines(notebook) -> Iterator[Line]:
-    """Yield every claim that the outputs of a notebook hold.
-
-    Raises:
-        ValueError: if a line that starts as a claim does not read as one.
-    """
-    for cell in code_cells(notebook):
-        for text in output_texts(cell):
-            signs = len(re.findall(r"^[✓✎◷] ", text, re.MULTILINE))
-            found = [_read_line(*parts) for parts in _LINE.findall(text)]
-            if len(found) != signs:
-                raise ValueError(f"cell {cell.execution_count}: a claim is not in today's form")
-            yield from found
-
-
-def _read_line(sign, id, sentence, shown, band, null, record, timed) -> Line:
-    number = {"must be yes": (1.0, 1.0)}.get(band)
-    words = band.replace(",", "").split()
-    if number is None and words[0] == "exactly":
-        number = float(words[1]), float(words[1])
-    elif number is None and words[:2] == ["at", "least"]:
-        number = float(words[2]), math.inf
-    elif number is None and words[:2] == ["at", "most"]:
-        number = -math.inf, float(words[2])
-    elif number is None:
-        number = float(words[0]), float(words[2])
-    return Line(sign, id, sentence, shown, *number, _maybe_float(null), record + timed)
-
-
-def _maybe_float(text: str) -> float | None:
-    return float(text.replace(",", "")) if text else None
-
-
 # What a sentence promises, and what its band must then rule out.
-PROMISES: dict[str, Callable[[Line], bool]] = {
+PROMISES: dict[str, Callable[[ClaimLine], bool]] = {
     r"\b(less than|at most|under) (a )?half\b": lambda line: line.high <= 0.5,
     r"\b(more than|at least|over) (a )?half\b|\bmost of\b": lambda line: line.low >= 0.5,
     r"\b(less than|at most|under) a third\b": lambda line: line.high <= 1 / 3,
@@ -314,7 +260,7 @@ _TIMED = re.compile(r"quartiles .* rounds in turn|one run each")
 
 def claims_promise_what_their_bands_say(notebook) -> Iterator[str]:
     try:
-        lines = list(claim_lines(notebook))
+        lines = list(claims_of(notebook))
     except ValueError as error:
         yield str(error)
         return
@@ -325,9 +271,9 @@ def claims_promise_what_their_bands_say(notebook) -> Iterator[str]:
                 yield f"claim {line.id!r} says {found[0]!r}, which its band does not promise"
         if line.null is not None and line.low <= line.null <= line.high:
             yield f"claim {line.id!r}: its band holds its null"
-        if line.kind == "◷" and not _TIMED.search(line.rest):
+        if line.kind == "timed" and not _TIMED.search(line.rest):
             yield f"claim {line.id!r} does not say how it was timed"
-        if line.kind == "✎" and not (RECORDS / line.rest.partition(", ")[0]).exists():
+        if line.record and not (RECORDS / line.record.partition(", ")[0]).exists():
             yield f"claim {line.id!r} names a record that is not in notebooks/records"
 
 

@@ -141,7 +141,7 @@ BROKEN_CELLS = [
     (claims("✓ x: INT8 is better by = 1.4 (band 1.3 to 2)\n"), "'better', which its band"),
     (claims("✓ x: They tie, nats = 0.1 (band 0.05 to 0.2)\n"), "'tie', which its band"),
     (claims("✓ x: One over the other = 1.4 (band 0.7 to 2; null 1)\n"), "its band holds its null"),
-    (claims("✓ x: One over the other (between 0.7 and 2)\n"), "not in today's form"),
+    (claims("✓ x: One over the other (between 0.7 and 2)\n"), "not a claim in today's form"),
     (claims("◷ x: Speed = 2 (band at least 1.2; null 1): holds here, yes\n"), "how it was timed"),
     (claims("✎ x: Loss = 2 (band 1 to 2; recorded: none.json, Xeon)\n"), "names a record that"),
     (code("def windows(tokenizer):\n    return 1"), "windows differs"),

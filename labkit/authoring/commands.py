@@ -51,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     reset = add("reset", _reset, "put a fresh copy of a chapter beside the one you worked in")
     reset.add_argument("chapter", metavar="01", help="how the file name starts")
     reset.add_argument("--folder", type=Path, help="where you work (default: here, or notebooks)")
+    values = add("values", _values, "what claims measured on other settings, against their bands")
+    values.add_argument("action", choices=("run", "show"))
+    values.add_argument("chapters", nargs="*", metavar="01", help=starts)
+    values.add_argument("--setting", default="as it is", help="the setting of a run")
+    values.add_argument("--folder", type=Path, default="notebooks", help="where the notebooks are")
     book = add("book", _book, "build the chapters as a web site to be read offline")
     book.add_argument("folder", type=Path, metavar="DIR", help="where to; new, or an older book")
     return parser
@@ -94,6 +99,18 @@ def _reset(chosen: argparse.Namespace) -> int:
     mine = kept.stem.endswith("_mine")
     print(f"Your work is now {kept}." if mine else f"{kept} is fresh; there was nothing to keep.")
     return 0
+
+
+def _values(chosen: argparse.Namespace) -> int:
+    from labkit.authoring import claim_values
+
+    if chosen.setting not in claim_values.SETTINGS:
+        names = ", ".join(map(repr, claim_values.SETTINGS))
+        print(f"--setting must be one of {names}, not {chosen.setting!r}", file=sys.stderr)
+        return 2
+    if chosen.action == "run":
+        return claim_values.run(chosen.folder, chosen.chapters, chosen.setting)
+    return claim_values.show(chosen.folder, chosen.chapters)
 
 
 def _book(chosen: argparse.Namespace) -> int:

@@ -3,11 +3,13 @@
 import hashlib
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from labkit import machine
 
@@ -90,15 +92,32 @@ def _normalize_output(output, execution_count: int | None):
     return output
 
 
-def execute(notebook, folder: Path) -> int:
+class Executed(NamedTuple):
+    """The most memory a kernel occupied, in bytes, and what the code that ran last printed."""
+
+    peak_nbytes: int
+    printed: str
+
+
+def execute(
+    notebook,
+    folder: Path,
+    *,
+    environment: dict[str, str] | None = None,
+    keep_going: bool = False,
+    last: str = "",
+) -> Executed:
     """Run every code cell of a notebook in a fresh kernel; outputs and counts go into it.
 
     Args:
         notebook: an `nbformat.NotebookNode`; changed in place.
         folder: where the kernel runs.
+        environment: variables that the kernel gets beside those of this process.
+        keep_going: whether cells run on after one that raised.
+        last: code to run in the kernel after all cells.
 
     Returns:
-        The peak resident memory of the kernel in bytes.
+        The peak memory of the kernel, and what `last` printed.
 
     Raises:
         NotebookError: if a cell raises (unless tagged `raises-exception`), takes longer than
@@ -117,28 +136,36 @@ def execute(notebook, folder: Path) -> int:
         kernel_name=KERNELSPEC["name"],
         resources={"metadata": {"path": str(folder)}},
         timeout=CELL_SECONDS,
+        allow_errors=keep_going,
         record_timing=False,
         store_widget_state=False,
         coalesce_streams=True,
         on_cell_start=lambda cell, cell_index: started.append(cell),
     )
     # Only the kernel itself knows its peak on every system: a cell added for this run prints it.
-    probe = new_code_cell(peak_probe())
-    notebook.cells.append(probe)
+    probes = [new_code_cell(peak_probe()), new_code_cell(last)]
+    notebook.cells.extend(probes)
+    variables = {**os.environ, **(environment or {})}
     try:
-        client.execute(stderr=subprocess.DEVNULL)  # the kernel's own log, not the cells' stderr
+        # What goes nowhere is the kernel's own log, not the stderr of cells.
+        client.execute(stderr=subprocess.DEVNULL, env=variables)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-        number = sum(cell.cell_type == "code" for cell in started)
-        first_line = started[-1].source.strip().partition("\n")[0]
-        raise NotebookError(f"code cell {number} ({first_line}): {_reason(error)}") from None
+        raise NotebookError(f"{_place(started)}: {_reason(error)}") from None
     finally:
-        notebook.cells.pop()
-    return int(probe.outputs[0].text.split()[-1])
+        del notebook.cells[-len(probes) :]
+    peak, printed = ("".join(o.get("text", "") for o in probe.outputs) for probe in probes)
+    return Executed(int(peak.split()[-1]), printed)
 
 
 def peak_probe() -> str:
     """Return code that prints the peak memory, in bytes, of the kernel that runs it."""
     return f"{inspect.getsource(machine.peak_nbytes)}print(peak_nbytes())"
+
+
+def _place(started: list) -> str:
+    number = sum(cell.cell_type == "code" for cell in started)
+    first_line = started[-1].source.strip().partition("\n")[0]
+    return f"code cell {number} ({first_line})"
 
 
 def _reason(error: Exception) -> str:
@@ -161,7 +188,7 @@ def refresh(path: Path) -> str:
         NotebookError: see `read` and `execute`; the file is left as it was.
     """
     notebook, started = read(path), time.perf_counter()
-    peak_nbytes = execute(notebook, path.parent)
+    peak_nbytes = execute(notebook, path.parent).peak_nbytes
     seconds = time.perf_counter() - started
     code_cells = [cell for cell in normalize(notebook).cells if cell.cell_type == "code"]
     changed = write(notebook, path)
@@ -210,6 +237,22 @@ def write_whole(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
+def chosen(folder: Path, chapters: list[str]) -> list[Path]:
+    """Return the notebooks of a folder whose names start as `chapters` say; none says: every one.
+
+    Raises:
+        FileNotFoundError: if the folder holds no notebook, or a start fits none.
+    """
+    every = sorted(folder.glob("*.ipynb"))
+    if not every:
+        raise FileNotFoundError(f"no notebook in {folder.resolve()}; --folder says where they are")
+    for chapter in chapters:
+        if not any(path.name.startswith(chapter) for path in every):
+            names = ", ".join(path.name for path in every)
+            raise FileNotFoundError(f"no notebook starts with {chapter!r}; there are {names}")
+    return [path for path in every if path.name.startswith(tuple(chapters) or "")]
+
+
 def refresh_folder(folder: Path, chapters: list[str]) -> int:
     """Refresh the notebooks whose names start as `chapters` say; return the exit status.
 
@@ -220,16 +263,8 @@ def refresh_folder(folder: Path, chapters: list[str]) -> int:
     Raises:
         FileNotFoundError: if the folder holds no notebook, or a start fits none.
     """
-    every, status = sorted(folder.glob("*.ipynb")), 0
-    if not every:
-        raise FileNotFoundError(f"no notebook in {folder.resolve()}; --folder says where they are")
-    for chapter in chapters:
-        if not any(path.name.startswith(chapter) for path in every):
-            names = ", ".join(path.name for path in every)
-            raise FileNotFoundError(f"no notebook starts with {chapter!r}; there are {names}")
-    for path in every:
-        if not path.name.startswith(tuple(chapters) or ""):
-            continue
+    status = 0
+    for path in chosen(folder, chapters):
         print(f"{path} …", flush=True)
         try:
             print(refresh(path))
