@@ -161,7 +161,7 @@ def no_machine_paths(notebook) -> Iterator[str]:
 
 def nothing_is_installed_or_hidden(notebook) -> Iterator[str]:
     for cell in code_cells(notebook):
-        if INSTALLER.search(cell.source) and cell.source != elsewhere.setup_source():
+        if INSTALLER.search(cell.source) and cell.get("id") != elsewhere.SETUP_ID:
             yield f"cell {cell.execution_count} installs packages"
         for node in ast.walk(syntax_tree(cell)):
             name = getattr(node, "attr", None) or getattr(node, "id", None)

@@ -18,8 +18,8 @@ import nbformat
 import pytest
 from nbformat import v4
 
-from labkit import __main__ as command_line
 from labkit.authoring import book
+from labkit.authoring import commands as command_line
 
 ROOT = Path(__file__).parent.parent
 CHAPTERS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from labkit import __main__ as command_line
+from labkit.authoring import commands as command_line
 from labkit.authoring import exercise_cells, learner, notebooks
 
 NAMES = [path.name for path in learner.chapters()]

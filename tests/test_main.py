@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -10,9 +11,10 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat import v4
+from packaging.specifiers import SpecifierSet
 
-from labkit import __main__ as command_line
-from labkit import models
+from labkit import models, python_version
+from labkit.authoring import commands as command_line
 from labkit.authoring import doctor, notebooks
 
 
@@ -275,6 +277,40 @@ def test_doctor_finds_this_machine_ready():
 
 def findings(check) -> list[tuple[str, str, str]]:
     return [(found.status, found.text, found.remedy) for found in check()]
+
+
+@pytest.mark.parametrize(
+    ("version", "status"),
+    [((3, 10, 13), "failed"), ((3, 11, 0), "ok"), ((3, 13, 9), "ok"), ((3, 14, 0), "warning")],
+)
+def test_doctor_says_what_to_do_on_another_python(monkeypatch, version, status):
+    monkeypatch.setattr(doctor.sys, "version_info", version)
+    ((found, _, remedy),) = findings(doctor.check_python)
+    assert found == status
+    assert ("python3.13 -m venv .venv" in remedy) == (status != "ok")
+
+
+def test_the_tried_pythons_are_those_that_the_project_asks_for():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf8")
+    wanted = SpecifierSet(re.search(r'^requires-python = "(.+)"', text, re.MULTILINE)[1])
+    oldest, newest = python_version.OLDEST, python_version.NEWEST
+    assert all(f"{major}.{minor}" in wanted for major, minor in (oldest, newest))
+    assert f"{oldest[0]}.{oldest[1] - 1}.99" not in wanted
+
+
+@pytest.mark.parametrize("minor", [9, 10])
+def test_an_old_python_is_told_so_in_one_line(minor):
+    old = shutil.which(f"python3.{minor}")
+    if old is None:
+        pytest.skip(f"there is no Python 3.{minor} here")
+    command = [old, "-m", "labkit", "doctor"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf8", check=False)
+    if "pyenv" in done.stderr:
+        pytest.skip(f"python3.{minor} is a stand-in that starts nothing")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"labkit: this is Python 3.{minor}.")
+    assert done.stderr.count("\n") == 1
 
 
 def test_doctor_names_a_wrong_and_a_missing_package(monkeypatch):

@@ -30,7 +30,7 @@ MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 4000, 350, 40
 
 # DESIGN section 2: a module imports from its own level or a lower one.
 LEVELS = (
-    {"models", "data", "claims", "matvec"},
+    {"models", "data", "claims", "matvec", "python_version"},
     {"quant", "kernels"},
     {"plotting", "measure", "ledger", "machine"},
     {"ptq"},
@@ -260,8 +260,12 @@ def test_ruff_has_nothing_to_say():
 
 
 def commands_in_readme() -> list[str]:
-    readme = (ROOT / "README.md").read_text(encoding="utf8")
-    blocks = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    return commands_in((ROOT / "README.md").read_text(encoding="utf8"))
+
+
+def commands_in(text: str) -> list[str]:
+    """Return the shell commands in the code blocks of a Markdown text."""
+    blocks = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     joined = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     parts = [part for line in joined for part in line.split("&&")]
     return [" ".join(part.split()) for part in parts if part.strip()]

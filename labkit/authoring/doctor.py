@@ -5,9 +5,12 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import sys
 import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
+
+from labkit import python_version
 
 MEMORY_OF_A_CHAPTER = 3_500_000_000  # bytes: the budget every chapter keeps
 MEMORY_NEEDED = 2_000_000_000  # below this not even SmolLM2 can be converted
@@ -40,6 +43,15 @@ def examine() -> int:
     return int(failures > 0)
 
 
+def check_python() -> Iterable[Finding]:
+    """See whether the workbook was tried on this version of Python."""
+    text = f"Python {platform.python_version()}"
+    if python_version.OLDEST <= sys.version_info[:2] <= python_version.NEWEST:
+        return [Finding("ok", text)]
+    status = "failed" if sys.version_info < python_version.OLDEST else "warning"
+    return [Finding(status, text, python_version.advice())]
+
+
 def check_packages() -> Iterable[Finding]:
     """Compare every required package with what labkit's metadata asks for."""
     from packaging.requirements import Requirement
@@ -56,7 +68,7 @@ def check_packages() -> Iterable[Finding]:
             yield Finding("failed", text, REINSTALL)
     if len(found) == len(needed):
         shown = ", ".join(f"{name} {found[name]}" for name in ("torch", "torchao", "transformers"))
-        text = f"Python {platform.python_version()}; {len(needed)} packages as pinned ({shown})"
+        text = f"{len(needed)} packages as pinned ({shown})"
         yield Finding("ok", text)
 
 
@@ -147,6 +159,7 @@ def check_quantize_and_run() -> Iterable[Finding]:
 
 
 CHECKS = (
+    check_python,
     check_packages,
     check_memory,
     check_disk,
