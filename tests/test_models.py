@@ -95,6 +95,28 @@ def test_fetch_converts_once(cache, counted):
     assert sorted(p.name for p in cache.iterdir() if p.is_dir()) == [folder.name]
 
 
+def test_untouched_files_are_hashed_once(cache, counted, monkeypatch):
+    models.fetch_smollm2()
+    assert models.smollm2_status() == "ready"
+    monkeypatch.setattr(models, "sha256", lambda path: pytest.fail(f"hashed {path.name} again"))
+    assert models.smollm2_status() == "ready"
+    monkeypatch.setattr(models, "sha256", lambda path: "another")
+    assert models.smollm2_status(thorough=True).startswith("damaged")
+    (models.smollm2_folder() / "model.safetensors").touch()
+    assert models.smollm2_status() == "damaged: model.safetensors does not match its hash"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "no json"])
+def test_a_spoiled_note_of_the_last_check_is_not_believed(cache, counted, text):
+    folder = models.fetch_smollm2()
+    models.smollm2_status()
+    (folder / models.CHECKED).write_text(text)
+    assert models.smollm2_status() == "ready"
+    (folder / "model.safetensors").write_bytes(b"Weights")
+    (folder / models.CHECKED).write_text(text)
+    assert models.smollm2_status().startswith("damaged")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
 def test_others_may_take_the_lock_in_a_shared_cache(cache, counted):
     before = os.umask(0o022)

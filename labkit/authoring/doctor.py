@@ -121,7 +121,7 @@ def check_smollm2() -> Iterable[Finding]:
     """See whether SmolLM2 lies in the cache, whole."""
     from labkit import models
 
-    status = models.smollm2_status()
+    status = models.smollm2_status(thorough=True)
     if status == "ready":
         return [Finding("ok", f"SmolLM2: ready in {models.smollm2_folder()}")]
     if status == "missing":

@@ -1,6 +1,6 @@
 """A pytest plugin that records what notebooks take.
 
-`pytest -p labkit.authoring.times --nbval notebooks` runs it. The record,
+`pytest -n 0 -p labkit.authoring.times --nbval notebooks` runs it. The record,
 `notebooks/records/00_times.json`, is where the teacher's guide has its times from. A notebook that
 was not run, or not passed, keeps the figures of an earlier run.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from labkit import machine
 from labkit.authoring import notebooks
 
-COMMAND = "pytest -p labkit.authoring.times --nbval notebooks"
+COMMAND = "pytest -n 0 -p labkit.authoring.times --nbval notebooks"
 _SHOWN_CELLS = 3
 _ANSWER_SECONDS = 30
 
