@@ -5,7 +5,8 @@ import functools
 import hashlib
 import importlib.util
 import sysconfig
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -83,9 +84,18 @@ def _docstrings_in(path: Path) -> list[str]:
         tree = ast.parse(path.read_text(encoding="utf8"))
     except (SyntaxError, ValueError):  # the standard library ships files that are broken on purpose
         return []
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
-    return [doc for doc in found if doc]
+    return [doc for node in _documented(tree) if (doc := ast.get_docstring(node))]
+
+
+def _documented(tree: ast.Module) -> Iterator[ast.AST]:
+    # As `ast.walk`, but past statements alone: expressions are most of a tree and document nothing.
+    todo = deque([tree])
+    while todo:
+        node = todo.popleft()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        for part in ("body", "handlers", "orelse", "finalbody", "cases"):
+            todo.extend(getattr(node, part, ()))
 
 
 def windows(tokenizer, split: str, n_windows: int, length: int) -> torch.Tensor:

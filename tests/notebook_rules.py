@@ -277,6 +277,17 @@ def claims_promise_what_their_bands_say(notebook) -> Iterator[str]:
             yield f"claim {line.id!r} names a record that is not in notebooks/records"
 
 
+def times_are_warm(notebook) -> Iterator[str]:
+    for cell in code_cells(notebook):
+        for call in calls(cell, "alternate"):
+            given = {k.arg: k.value for k in call.keywords}
+            given.update(zip(("functions", "repeats", "warmup"), call.args, strict=False))
+            if ast.unparse(given.get("warmup", ast.Constant(1))) == "0":
+                yield f"cell {cell.execution_count} times without a warm-up"
+            if ast.unparse(given.get("repeats", ast.Constant(5))) in ("1", "2"):
+                yield f"cell {cell.execution_count} has too few rounds for quartiles"
+
+
 def taught_code_is_library_code(notebook) -> Iterator[str]:
     cells = code_cells(notebook)
     for cell, following in zip(cells, [*cells[1:], None], strict=True):
@@ -302,6 +313,7 @@ RULES: tuple[Callable, ...] = (
     headings_skip_no_level,
     claims_are_strict_and_unique,
     claims_promise_what_their_bands_say,
+    times_are_warm,
     taught_code_is_library_code,
 )
 
