@@ -286,6 +286,15 @@ def test_chapter_and_registry_have_the_same_exercises(chapter):
     assert any(e.broken for e in registered), "no bug hunt"
 
 
+def test_each_exercise_has_a_file_named_for_it():
+    files = {path.stem for path in Path(exercises.__file__).parent.glob("ex*.py")}
+    named = {f"ex{e.id.replace('.', '_')}_{e.function_names[0]}" for e in EXERCISES}
+    assert files == named
+    assert all(e.check.__module__.split(".")[-1] in named for e in EXERCISES)
+    places = [tuple(map(int, e.id.split("."))) for e in EXERCISES]
+    assert places == sorted(places)
+
+
 def test_every_notebook_has_checks():
     assert {f"{int(path.name[:2])}" for path in NOTEBOOKS.glob("[0-9]*.ipynb")} == set(CHAPTERS)
 

@@ -1,0 +1,111 @@
+"""Exercise 1.1: `decode_fp16` reads sixteen bits as an FP16 number, field by field.
+
+The reference is Python's `struct`, on all 65,536 patterns.
+"""
+
+import math
+import struct
+
+import numpy as np
+
+from labkit.exercises.judge import Exercise, judge, kind
+
+
+def _check(function) -> None:
+    small = (0x3C00, 0xC000, 0x3E00, 0x0000, 0x0001, 0x0200, 0x7C00, 0xFC00, 0x7E00, 0x7BFF)
+    cases = ((pattern,) for pattern in (*small, *range(2**16)))
+    judge("decode_fp16", function, cases, _examine, _WRONG)
+
+
+def _examine(pattern, got) -> str | None:
+    expected = struct.unpack("<e", struct.pack("<H", pattern))[0]
+    if isinstance(got, int | float | np.floating) and not isinstance(got, bool):
+        if got == expected or (math.isnan(expected) and math.isnan(got)):
+            return None
+        return f"decode_fp16(0x{pattern:04X}) gives {got:.6g}, expected {expected:.6g}"
+    return f"decode_fp16(0x{pattern:04X}) returns {kind(got)}, expected a float"
+
+
+def _fp16(pattern, bias=15, implicit=1, subnormals=True, specials=True, lowest=1) -> float:
+    sign = -1 if pattern >> 15 else 1
+    exponent, fraction = pattern >> 10 & 31, pattern & 1023
+    if specials and exponent == 31:
+        return math.nan if fraction else sign * math.inf
+    if subnormals and exponent == 0:
+        return sign * fraction / 1024 * 2.0 ** (lowest - bias)
+    return sign * (implicit + fraction / 1024) * 2.0 ** (exponent - bias)
+
+
+def fp32_bias(pattern):
+    """Uses FP32's exponent bias, 127."""
+    return _fp16(pattern, bias=127)
+
+
+def no_implicit_one(pattern):
+    """Reads the fraction as it stands, without the 1 in front of it."""
+    return _fp16(pattern, implicit=0)
+
+
+def subnormals_as_normal(pattern):
+    """Treats exponent field 0 like any other."""
+    return _fp16(pattern, subnormals=False)
+
+
+def subnormals_halved(pattern):
+    """Drops the implicit 1 of a subnormal but keeps the exponent 0 − 15."""
+    return _fp16(pattern, lowest=0)
+
+
+def exponent_31_as_normal(pattern):
+    """Treats exponent field 31 like any other."""
+    return _fp16(pattern, specials=False)
+
+
+def nan_as_infinity(pattern):
+    """Takes every pattern with exponent field 31 for an infinity."""
+    return _fp16(pattern & 0xFC00) if pattern >> 10 & 31 == 31 else _fp16(pattern)
+
+
+def sign_ignored(pattern):
+    """Never looks at bit 15."""
+    return _fp16(pattern & 0x7FFF)
+
+
+_WRONG = (
+    (fp32_bias, "127 is the exponent bias of FP32; a 5-bit exponent has the bias 15"),
+    (no_implicit_one, "the fraction of a normal number has an implicit 1 in front of it"),
+    (subnormals_as_normal, "exponent field 0 marks zero and the subnormals, without implicit 1"),
+    (subnormals_halved, "the exponent of a subnormal is 1 − 15 = −14, not 0 − 15"),
+    (exponent_31_as_normal, "exponent field 31 marks infinity and NaN, not ordinary numbers"),
+    (nan_as_infinity, "exponent field 31 is an infinity only when the fraction is 0, else NaN"),
+    (sign_ignored, "bit 15 is the sign"),
+)
+
+
+def decode_through_numpy(pattern):
+    """Lets numpy reinterpret the two bytes."""
+    return np.array(pattern, dtype=np.uint16).view(np.float16).item()
+
+
+def decode_from_text(pattern):
+    """Cuts the sixteen binary digits apart."""
+    bits = f"{pattern:016b}"
+    sign, exponent, fraction = 1 - 2 * int(bits[0]), int(bits[1:6], 2), int(bits[6:], 2)
+    if exponent == 31:
+        return math.nan if fraction else math.copysign(math.inf, sign)
+    return sign * math.ldexp(fraction + 1024 * (exponent > 0), max(exponent, 1) - 25)
+
+
+EXERCISE = Exercise(
+    id="1.1",
+    title="Read sixteen bits as FP16",
+    stars=1,
+    minutes=10,
+    function_names=("decode_fp16",),
+    check=_check,
+    takeaway=(
+        "FP16 spends five bits on range and ten on precision, so its steps grow with the number."
+    ),
+    wrong_answers=_WRONG,
+    variants=(decode_through_numpy, decode_from_text),
+)

@@ -1,0 +1,140 @@
+"""Exercise 1.6: `calibrate` finds one static 8-bit grid that covers all calibration batches.
+
+The reference is torch's own `MinMaxObserver`.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from labkit.exercises.judge import Exercise, judge, kind, show
+
+
+def _check(function) -> None:
+    random = torch.Generator().manual_seed(16)
+    lists = [[[-1.0, 2.0], [5.0, 0.0], [1.0]], [[2.0, 3.0], [4.0]], [[-4.0], [-2.0, -3.0]]]
+    cases = [([torch.tensor(batch) for batch in batches],) for batches in lists]
+    cases.append(([torch.tensor([[-0.5, 1.0], [0.25, 0.0]])],))
+    for shapes in (((4, 8), (2, 8), (7, 8)), ((3,), (2, 5), (1, 2, 3)), ((64, 32),) * 5):
+        for shift in (0.0, 9.0):
+            draws = [torch.randn(shape, generator=random) for shape in shapes]
+            cases.append(([draw * (1 + i % 3) + shift for i, draw in enumerate(draws)],))
+    judge("calibrate", function, cases, _examine, _WRONG)
+
+
+def _examine(batches, got) -> str | None:
+    small = sum(batch.numel() for batch in batches) <= 6
+    of = show(batches) if small else f"{len(batches)} random batches"
+    if not isinstance(got, tuple | list) or len(got) != 2:
+        return f"calibrate returns {kind(got)}, expected the pair (scale, zero_point)"
+    scale, zero_point = got
+    if not isinstance(scale, float | np.floating):
+        return f"for {of} the scale is {kind(scale)}, expected a float (tensors have .item())"
+    if isinstance(zero_point, bool) or not isinstance(zero_point, int | np.integer):
+        return f"for {of} the zero point is {kind(zero_point)}, expected an int"
+    observer = torch.ao.quantization.MinMaxObserver(
+        dtype=torch.quint8, qscheme=torch.per_tensor_affine
+    )
+    for batch in batches:
+        observer(batch)
+    true_scale, true_zero = (part.item() for part in observer.calculate_qparams())
+    if not abs(scale / true_scale - 1) < 1e-4:
+        return f"for {of} the scale is {show(scale)}, expected {show(true_scale)}"
+    exact = -min(0.0, observer.min_val.item()) / true_scale
+    if zero_point != true_zero and abs(zero_point - exact) > 0.501:  # either side of a tie will do
+        return f"for {of} the zero point is {zero_point}, expected {true_zero}"
+    return None
+
+
+def _grid(low, high, zero=True, steps=255):
+    low, high = float(low), float(high)
+    if zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / steps
+    return scale, round(-low / scale)
+
+
+def last_batch_only(batches):
+    """Overwrites the range with each batch."""
+    return _grid(batches[-1].min(), batches[-1].max())
+
+
+def first_batch_only(batches):
+    """Looks at one batch and stops."""
+    return _grid(batches[0].min(), batches[0].max())
+
+
+def average_of_extremes(batches):
+    """Averages the minima and the maxima: no longer a bound."""
+    lows, highs = [b.min().item() for b in batches], [b.max().item() for b in batches]
+    return _grid(sum(lows) / len(lows), sum(highs) / len(highs))
+
+
+def zero_left_out(batches):
+    """Covers the data but not zero."""
+    return _grid(min(b.min() for b in batches), max(b.max() for b in batches), zero=False)
+
+
+def range_of_means(batches):
+    """Takes the range of the batch means."""
+    means = [batch.mean() for batch in batches]
+    return _grid(min(means), max(means))
+
+
+def steps_256(batches):
+    """Divides the range by 256, though 256 codes have 255 steps."""
+    return _grid(min(b.min() for b in batches), max(b.max() for b in batches), steps=256)
+
+
+def symmetric_activations(batches):
+    """Centers the grid on zero, with the zero point in the middle."""
+    return max(b.abs().max().item() for b in batches) / 127, 128
+
+
+def zero_point_sign(batches):
+    """Rounds low / scale without the minus sign."""
+    scale, zero_point = _grid(min(b.min() for b in batches), max(b.max() for b in batches))
+    return scale, -zero_point
+
+
+_WRONG = (
+    (last_batch_only, "each batch overwrites the range of the ones before it"),
+    (first_batch_only, "this is the range of the first batch; later ones reach further"),
+    (average_of_extremes, "an average of minima and maxima bounds nothing: larger values clip"),
+    (zero_left_out, "zero must be a grid point even if no batch holds it: padding needs it"),
+    (range_of_means, "batch means lie well inside the data; the range needs the extreme values"),
+    (steps_256, "256 codes have 255 steps between them"),
+    (symmetric_activations, "this grid is symmetric; an asymmetric one reaches from low to high"),
+    (zero_point_sign, "low + zero_point · scale must be 0, so the zero point is −low / scale"),
+)
+
+
+def calibrate_at_once(batches):
+    """Joins the batches into one vector, with a zero beside them."""
+    values = torch.cat([torch.zeros(1), *(batch.reshape(-1) for batch in batches)]).double()
+    scale = (values.max() - values.min()) / 255
+    return scale.item(), int((-values.min() / scale).round())
+
+
+def calibrate_running(batches):
+    """Keeps a running range, value by value."""
+    low = high = 0.0
+    for batch in batches:
+        for value in batch.flatten().tolist():
+            low, high = min(low, value), max(high, value)
+    scale = (high - low) / 255
+    return scale, min(255, max(0, math.floor(0.5 - low / scale)))
+
+
+EXERCISE = Exercise(
+    id="1.6",
+    title="A static grid from calibration batches",
+    stars=2,
+    minutes=15,
+    function_names=("calibrate",),
+    check=_check,
+    takeaway="A static grid is as good as its calibration data: what lies outside will be clipped.",
+    wrong_answers=_WRONG,
+    variants=(calibrate_at_once, calibrate_running),
+)

@@ -1,0 +1,140 @@
+"""Exercise 2.2: `smooth_pair` moves the difficulty from activations into two weights (SmoothQuant).
+
+The reference is the formula in numpy, in float64.
+"""
+
+import numpy as np
+import torch
+
+from labkit.exercises.judge import Exercise, call, judge, kind, misfit, show
+
+
+def _check(function) -> None:
+    random = torch.Generator().manual_seed(22)
+    x = torch.tensor([[8.0, -1.0], [-2.0, 0.5]])
+    cases = [(x, torch.tensor([[2.0, 4.0]]), torch.tensor([[0.5, -9.0]]), 0.5)]
+    cases += [(x, torch.tensor([[2.0, 0.0]]), torch.tensor([[-0.5, 0.0]]), 0.75)]
+    cases += [(torch.tensor([[0.0, 3.0]]), torch.tensor([[1.0, 2]]), torch.tensor([[4.0, 1]]), 1.0)]
+    for tokens, inputs, rows, alpha in ((6, 4, 4, 0.5), (9, 16, 3, 0.8), (40, 32, 24, 0.3)):
+        x = torch.randn(tokens, inputs, generator=random)
+        x[:, 1] *= 60
+        weights = (torch.randn(n, inputs, generator=random) for n in (rows, rows + 2))
+        cases.append((x, *weights, alpha))
+    judge("smooth_pair", function, cases, _examine, _WRONG)
+
+
+def _examine(x, first, second, alpha, got) -> str | None:
+    written = call("smooth_pair", x, first, second, alpha)
+    if not isinstance(got, tuple | list) or len(got) != 3:
+        return f"{written} returns {kind(got)}, expected the triple (x, first, second)"
+    names = ("x", "first", "second")
+    for name, value, like in zip(names, got, (x, first, second), strict=True):
+        if complaint := misfit(value, torch.float32, like.shape):
+            return f"in {written}, {name} is {complaint}"
+    rows = np.concatenate([first.numpy(), second.numpy()]).astype(np.float64)
+    peak, reach = (np.maximum(np.abs(a).max(0), 1e-5) for a in (x.double().numpy(), rows))
+    s = torch.from_numpy(peak**alpha / reach ** (1 - alpha))
+    wanted = x.double() / s, first.double() * s, second.double() * s
+    for name, value, true in zip(names, got, wanted, strict=True):
+        wrong = ~((value - true).abs() <= 1e-3 * true.abs() + 1e-9)
+        if wrong.any():
+            place = tuple(wrong.nonzero()[0].tolist())
+            numbers = f"{show(value[place].item())}, expected {show(true[place].item())}"
+            return f"in {written}, {name}{list(place)} is {numbers}"
+    return None
+
+
+def _smooth(x, first, second, alpha, peak=None, reach=None, floor=1e-5):
+    peak = x.abs().amax(0) if peak is None else peak
+    reach = torch.cat([first, second]).abs().amax(0) if reach is None else reach
+    s = peak.clamp(min=floor) ** alpha / reach.clamp(min=floor) ** (1 - alpha)
+    return x / s, first * s, second * s
+
+
+def weights_of_the_first_only(x, first, second, alpha):
+    """Takes the reach of the first weight alone."""
+    return _smooth(x, first, second, alpha, reach=first.abs().amax(0))
+
+
+def a_factor_for_each_weight(x, first, second, alpha):
+    """Gives each weight its own factor, so the second product changes."""
+    own = _smooth(x, second, second, alpha)
+    return *_smooth(x, first, first, alpha)[:2], own[1]
+
+
+def alpha_swapped(x, first, second, alpha):
+    """Exchanges alpha and 1 − alpha."""
+    return _smooth(x, first, second, 1 - alpha)
+
+
+def multiplied_instead(x, first, second, alpha):
+    """Multiplies the activations and divides the weights."""
+    divided, *_ = _smooth(x, first, second, alpha)
+    s = _smooth(torch.ones_like(x), first, second, alpha, peak=x.abs().amax(0))[0][:1].reciprocal()
+    return x * x / divided, first / s, second / s
+
+
+def signed_maximum(x, first, second, alpha):
+    """Forgets the absolute values."""
+    return _smooth(x, first, second, alpha, x.amax(0), torch.cat([first, second]).amax(0))
+
+
+def mean_magnitude(x, first, second, alpha):
+    """Takes mean magnitudes, as AWQ does."""
+    return _smooth(x, first, second, alpha, peak=x.abs().mean(0))
+
+
+def activations_left_alone(x, first, second, alpha):
+    """Scales the weights and forgets the activations."""
+    return x.clone(), *_smooth(x, first, second, alpha)[1:]
+
+
+def dead_channel_divides(x, first, second, alpha):
+    """Leaves out the clamp."""
+    return _smooth(x, first, second, alpha, floor=0.0)
+
+
+_WRONG = (
+    (weights_of_the_first_only, "the maximum runs over the rows of both weights"),
+    (a_factor_for_each_weight, "both layers read the same x, so they share one factor"),
+    (alpha_swapped, "alpha is the exponent of the activations, 1 − alpha that of the weights"),
+    (multiplied_instead, "the activations are divided and the weights multiplied"),
+    (signed_maximum, "take the largest magnitude: a channel may peak below zero"),
+    (mean_magnitude, "SmoothQuant takes the peak of a channel; the mean is AWQ's choice"),
+    (activations_left_alone, "divide the activations too, or the products change"),
+    (dead_channel_divides, "a channel of zeros gives a factor of 0 or infinity: clamp the maxima"),
+)
+
+
+def smooth_channel_by_channel(x, first, second, alpha):
+    """Goes through the channels in float64."""
+    parts = [t.double().clone() for t in (x, first, second)]
+    for j in range(x.shape[1]):
+        peak = max(1e-5, x[:, j].abs().max().item())
+        reach = max(1e-5, first[:, j].abs().max().item(), second[:, j].abs().max().item())
+        s = peak**alpha * reach ** (alpha - 1)
+        parts[0][:, j] /= s
+        parts[1][:, j] *= s
+        parts[2][:, j] *= s
+    return [part.float() for part in parts]
+
+
+def smooth_by_logarithms(x, first, second, alpha):
+    """Works with logarithms and a diagonal matrix."""
+    reach = torch.maximum(first.abs().max(0).values, second.abs().max(0).values)
+    peak = x.abs().max(0).values
+    s = alpha * torch.log(peak.clamp_min(1e-5)) - (1 - alpha) * torch.log(reach.clamp_min(1e-5))
+    return x @ torch.diag(torch.exp(-s)), first @ torch.diag(s.exp()), second @ torch.diag(s.exp())
+
+
+EXERCISE = Exercise(
+    id="2.2",
+    title="Smooth a pair of layers",
+    stars=2,
+    minutes=15,
+    function_names=("smooth_pair",),
+    check=_check,
+    takeaway="The product is the same, yet both factors now fit a grid of eight bits.",
+    wrong_answers=_WRONG,
+    variants=(smooth_channel_by_channel, smooth_by_logarithms),
+)

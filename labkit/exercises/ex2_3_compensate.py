@@ -1,0 +1,152 @@
+"""Exercise 2.3, a bug hunt: `compensate` should round column by column, as GPTQ does.
+
+The reference is the definition in float64: after each column, the best change of all later ones.
+"""
+
+import torch
+
+from labkit.exercises.judge import Exercise, call, judge, misfit, show
+
+
+def broken_compensate(weight, hessian, scale):
+    """Round column by column; later columns make up for each error. Two bugs."""
+    left = weight.clone()
+    rounded = torch.zeros_like(weight)
+    factor = torch.linalg.cholesky(hessian, upper=True)
+    limit = 2**3 - 1
+    for j in range(weight.shape[1]):
+        codes = (weight[:, j] / scale[:, 0]).round().clamp(-limit, limit)
+        rounded[:, j] = codes * scale[:, 0]
+        error = (left[:, j] - rounded[:, j]) / factor[j, j]
+        left[:, j + 1 :] -= torch.outer(error, factor[j, j + 1 :])
+    return rounded
+
+
+def _check(function) -> None:
+    random = torch.Generator().manual_seed(23)
+    hessian = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+    cases = [(torch.tensor([[1.4, 1.4]]), hessian, torch.ones(1, 1))]
+    cases += [(torch.tensor([[0.4, 9.0, 2.2]]), torch.eye(3), torch.ones(1, 1))]
+    for rows, inputs in ((2, 3), (4, 8), (8, 24), (16, 40)):
+        x = torch.randn(4 * inputs, inputs, generator=random)
+        x = x @ torch.randn(inputs, inputs, generator=random)
+        hessian = x.T @ x / len(x)
+        hessian += 0.05 * hessian.diagonal().mean() * torch.eye(inputs)
+        weight = torch.randn(rows, inputs, generator=random)
+        cases.append((weight, hessian, weight.abs().amax(1, keepdim=True) / 7))
+    judge("compensate", function, cases, _examine, _WRONG)
+
+
+def _examine(weight, hessian, scale, got) -> str | None:
+    written = call("compensate", weight, hessian, scale)
+    if complaint := misfit(got, torch.float32, weight.shape):
+        return f"{written} returns {complaint}"
+    expected = compensate_by_definition(weight, hessian, scale)
+    off = (got - expected).abs() > 1e-3 * scale
+    if off.double().mean() <= 0.02:  # a tie may fall to either side, and moves what follows
+        return None
+    if weight.numel() <= 4:
+        return f"{written} gives {show(got)}, expected {show(expected)}"
+    errors = []
+    for rounded in (got, expected):
+        difference = (rounded - weight).double()
+        errors.append(((difference @ hessian.double()) * difference).sum().item())
+    return f"{written} has the output error {show(errors[0])}, expected {show(errors[1])}"
+
+
+def compensate_by_definition(weight, hessian, scale):
+    """After each column, solves for the best change of all columns still to come, in float64."""
+    left, scale = weight.double().clone(), scale.double()
+    hessian, rounded = hessian.double(), torch.zeros_like(left)
+    for j in range(weight.shape[1]):
+        rounded[:, j] = (left[:, j] / scale[:, 0]).round().clamp(-7, 7) * scale[:, 0]
+        error = (rounded[:, j] - left[:, j])[:, None]
+        later = slice(j + 1, None)
+        left[:, later] -= (
+            error @ torch.linalg.solve(hessian[later, later], hessian[later, j : j + 1]).T
+        )
+    return rounded.float()
+
+
+def _compensate(weight, hessian, scale, current=True, sign=1.0, spread=lambda h: h, whole=True):
+    left, rounded = weight.clone(), torch.zeros_like(weight)
+    factor = spread(hessian)
+    for j in range(weight.shape[1]):
+        column = left[:, j] if current else weight[:, j]
+        rounded[:, j] = (column / scale[:, 0]).round().clamp(-7, 7) * scale[:, 0]
+        error = (left[:, j] - rounded[:, j]) / (factor[j, j] if whole else 1)
+        left[:, j + 1 :] -= sign * torch.outer(error, factor[j, j + 1 :])
+    return rounded
+
+
+def _factor_of_inverse(hessian):
+    return torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+
+
+def still_rounding_the_original(weight, hessian, scale):
+    """Mends the matrix; still rounds the uncorrected column."""
+    return _compensate(weight, hessian, scale, current=False, spread=_factor_of_inverse)
+
+
+def still_the_hessian_itself(weight, hessian, scale):
+    """Rounds the corrected column; still spreads by the factor of the Hessian."""
+    factor = torch.linalg.cholesky(hessian, upper=True)
+    return _compensate(weight, hessian, scale, spread=lambda h: factor)
+
+
+def spread_with_the_wrong_sign(weight, hessian, scale):
+    """Adds the correction where it should be subtracted."""
+    return _compensate(weight, hessian, scale, sign=-1.0, spread=_factor_of_inverse)
+
+
+def not_divided_by_the_diagonal(weight, hessian, scale):
+    """Spreads the plain error, not the error over the diagonal entry."""
+    return _compensate(weight, hessian, scale, spread=_factor_of_inverse, whole=False)
+
+
+def inverse_without_its_factor(weight, hessian, scale):
+    """Takes rows of the inverse itself, which still holds the columns already rounded."""
+    return _compensate(weight, hessian, scale, spread=torch.linalg.inv)
+
+
+_WRONG = (
+    (still_rounding_the_original, "one bug left: it rounds the column as it was, not as corrected"),
+    (still_the_hessian_itself, "one bug left: errors spread by the factor of the inverse Hessian"),
+    (spread_with_the_wrong_sign, "the correction is subtracted; adding it doubles the error"),
+    (
+        not_divided_by_the_diagonal,
+        "the error of a column is divided by the factor's diagonal entry",
+    ),
+    (
+        inverse_without_its_factor,
+        "the inverse still counts finished columns; take its Cholesky factor",
+    ),
+)
+
+
+def compensate_by_shrinking_inverse(weight, hessian, scale):
+    """Eliminates each finished column from the inverse, as optimal brain surgery does."""
+    left, inverse = weight.double().clone(), torch.linalg.inv(hessian.double())
+    rounded = torch.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        value = (left[:, j] / scale[:, 0]).round().clamp(-7, 7) * scale[:, 0].double()
+        left -= torch.outer((left[:, j] - value) / inverse[j, j], inverse[j])
+        inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+        rounded[:, j] = value.float()
+    return rounded
+
+
+EXERCISE = Exercise(
+    id="2.3",
+    title="Bug hunt: a GPTQ worse than rounding",
+    stars=2,
+    minutes=20,
+    function_names=("compensate",),
+    check=_check,
+    takeaway=(
+        "GPTQ is rounding that keeps its books: each error is handed on by the inverse Hessian."
+    ),
+    wrong_answers=_WRONG,
+    variants=(compensate_by_definition, compensate_by_shrinking_inverse),
+    broken=broken_compensate,
+)

@@ -1,0 +1,158 @@
+"""Exercise 2.4: `nf4` stores a weight in blocks, as the nearest of 16 levels and two codes a byte.
+
+The reference is numpy: the distance of each value from every level, in float64.
+"""
+
+import numpy as np
+import torch
+
+from labkit.exercises.judge import Exercise, judge, kind, misfit, show
+
+# Dettmers et al., "QLoRA", arXiv 2305.14314, appendix E, to six digits.
+_POSITIVE = (0.079580, 0.160930, 0.246112, 0.337915, 0.440710, 0.562617, 0.722957, 1.0)
+
+
+_NEGATIVE = (-1.0, -0.696193, -0.525073, -0.394917, -0.284441, -0.184773, -0.091050)
+
+
+NF4_LEVELS = torch.tensor((*_NEGATIVE, 0.0, *_POSITIVE))
+
+
+def _check(function) -> None:
+    random = torch.Generator().manual_seed(24)
+    cases = [
+        (torch.tensor([[0.0, 2.0, -2.0, 0.1]]), NF4_LEVELS, 4),
+        (torch.tensor([[0.6, 1.0, -8.0, 3.0]]), NF4_LEVELS, 2),
+        (torch.zeros(1, 4), NF4_LEVELS, 2),
+        (torch.tensor([[-3.0, -1.0, 0.0, 0.0]]), NF4_LEVELS, 2),
+    ]
+    for rows, inputs, size in ((1, 8, 8), (4, 32, 8), (6, 128, 64), (16, 192, 32)):
+        weight = torch.randn(rows, inputs, generator=random)
+        weight *= torch.logspace(-3, 1, rows)[:, None] if rows > 1 else 1
+        cases.append((weight, NF4_LEVELS, size))
+    judge("nf4", function, cases, _examine, _WRONG)
+
+
+def _examine(weight, levels, block_size, got) -> str | None:
+    of = show(weight) if weight.numel() <= 8 else f"a weight of shape {tuple(weight.shape)}"
+    if not isinstance(got, tuple | list) or len(got) != 2:
+        return f"nf4 returns {kind(got)}, expected the pair (packed, scale)"
+    rows, inputs = weight.shape
+    wanted = (torch.uint8, (rows, inputs // 2)), (torch.float32, (rows, inputs // block_size))
+    for name, value, form in zip(("packed", "scale"), got, wanted, strict=True):
+        if complaint := misfit(value, *form):
+            return f"for {of} in blocks of {block_size}, {name} is {complaint}"
+    blocks = weight.double().numpy().reshape(rows, -1, block_size)
+    true_scale, scale = np.abs(blocks).max(2), got[1].double().numpy()
+    if not np.allclose(scale, true_scale, rtol=1e-4, atol=1e-30):
+        at = tuple(np.argwhere(~np.isclose(scale, true_scale, rtol=1e-4))[0])
+        numbers = f"{show(float(scale[at]))}, expected {show(float(true_scale[at]))}"
+        return f"for {of} in blocks of {block_size}, the scale of block {at[1]} is {numbers}"
+    packed = got[0].numpy()
+    codes = np.stack([packed % 16, packed // 16], axis=-1).reshape(blocks.shape)
+    relative = blocks / np.where(true_scale == 0, 1, true_scale)[:, :, None]
+    distances = np.abs(relative[..., None] - levels.double().numpy())
+    chosen = np.take_along_axis(distances, codes[..., None].astype(int), axis=-1)[..., 0]
+    bad = chosen > distances.min(-1) + 1e-5  # either side of a tie will do
+    if not bad.any():
+        return None
+    at = tuple(np.argwhere(bad)[0])
+    values = show(float(blocks[at])), int(codes[at]), int(distances[at].argmin())
+    return "for {} in blocks of {}, {} gets the code {}, expected {}".format(
+        of, block_size, *values
+    )
+
+
+def _nf4(weight, levels, block_size, scale=None, nearest=None, pack=None, guard=True):
+    blocks = weight.unflatten(1, (-1, block_size))
+    scale = blocks.abs().amax(-1, keepdim=True) if scale is None else scale
+    relative = blocks / (torch.where(scale == 0, 1.0, scale) if guard else scale)
+    if nearest is None:
+        codes = (relative.unsqueeze(-1) - levels).abs().argmin(-1)
+    else:
+        codes = nearest(relative)
+    codes = codes.flatten(1).to(torch.uint8)
+    packed = codes[:, 0::2] | codes[:, 1::2] << 4 if pack is None else pack(codes)
+    return packed, scale.squeeze(-1)
+
+
+def even_grid(weight, levels, block_size):
+    """Rounds on 16 even levels from −1 to 1."""
+    return _nf4(weight, levels, block_size, nearest=lambda r: ((r + 1) * 7.5).round().clamp(0, 15))
+
+
+def level_below(weight, levels, block_size):
+    """Takes the level below each value, not the nearest."""
+    below = lambda r: torch.searchsorted(levels, r.contiguous(), right=True) - 1  # noqa: E731
+    return _nf4(weight, levels, block_size, nearest=lambda r: below(r).clamp(0, 15))
+
+
+def nf4_halves_swapped(weight, levels, block_size):
+    """Puts the first of a pair in the high half."""
+    return _nf4(weight, levels, block_size, pack=lambda c: c[:, 0::2] << 4 | c[:, 1::2])
+
+
+def nf4_one_a_byte(weight, levels, block_size):
+    """Leaves each code in a byte of its own."""
+    return _nf4(weight, levels, block_size, pack=lambda c: c)
+
+
+def scale_of_the_row(weight, levels, block_size):
+    """Takes one largest magnitude for the whole row."""
+    blocks = weight.unflatten(1, (-1, block_size))
+    scale = weight.abs().amax(1)[:, None, None].expand(-1, blocks.shape[1], 1)
+    return _nf4(weight, levels, block_size, scale=scale)
+
+
+def scale_of_the_largest(weight, levels, block_size):
+    """Takes the largest value, not the largest magnitude."""
+    return _nf4(
+        weight, levels, block_size, scale=weight.unflatten(1, (-1, block_size)).amax(-1, True)
+    )
+
+
+def zero_block_divides(weight, levels, block_size):
+    """Divides a block of zeros by its scale of 0."""
+    return _nf4(weight, levels, block_size, guard=False)
+
+
+def standard_deviations(weight, levels, block_size):
+    """Divides by the standard deviation, since the levels come from a normal distribution."""
+    blocks = weight.unflatten(1, (-1, block_size))
+    return _nf4(weight, levels, block_size, scale=blocks.std(-1, keepdim=True))
+
+
+_WRONG = (
+    (even_grid, "the levels of NF4 are not evenly spaced: compare with each of the 16"),
+    (level_below, "take the nearest level, not the one below"),
+    (nf4_halves_swapped, "the first of each pair belongs in the low half of the byte"),
+    (nf4_one_a_byte, "these are 4-bit codes in 8-bit boxes; pack two into each byte"),
+    (scale_of_the_row, "every block has a scale of its own"),
+    (scale_of_the_largest, "the scale is the largest magnitude: the block may peak below zero"),
+    (zero_block_divides, "a block of zeros has the scale 0, and 0 / 0 is NaN"),
+    (standard_deviations, "the levels reach from −1 to 1: divide by the largest magnitude"),
+)
+
+
+def nf4_by_boundaries(weight, levels, block_size):
+    """Sorts values between the midpoints of the levels, in float64."""
+    rows, inputs = weight.shape
+    blocks = weight.double().reshape(rows, inputs // block_size, block_size)
+    scale = blocks.abs().max(dim=2).values
+    edges = (levels[1:].double() + levels[:-1].double()) / 2
+    relative = blocks / scale.clamp(min=1e-300).unsqueeze(2)
+    codes = torch.bucketize(relative, edges).reshape(rows, inputs // 2, 2)
+    return (codes[..., 0] + 16 * codes[..., 1]).to(torch.uint8), scale.float()
+
+
+EXERCISE = Exercise(
+    id="2.4",
+    title="Store a weight in NF4",
+    stars=3,
+    minutes=20,
+    function_names=("nf4",),
+    check=_check,
+    takeaway="Codes are only names: any 16 levels can stand behind four bits.",
+    wrong_answers=_WRONG,
+    variants=(nf4_by_boundaries,),
+)
