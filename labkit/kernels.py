@@ -42,14 +42,21 @@ class PackedLinear(nn.Module):
         self.bits, self.inputs = bits, weight.shape[1]
         self.group_size, self.symmetric = group_size, symmetric
         grid = grid or quant.group_qparams(weight, group_size, bits, symmetric)
-        codes = quant.quantize_groups(weight, *grid, group_size, bits, symmetric)
-        if symmetric:
-            codes = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
-        self.register_buffer("codes", quant.pack_bits(codes, bits))
+        # Some rows at a time: what lies between weights and codes then stays in the caches.
+        some = max(1, 2**18 // self.inputs)
+        parts = zip(*(x.split(some) for x in (weight, *grid)), strict=True)
+        self.register_buffer("codes", torch.cat([self._packed(*part) for part in parts]))
         self.register_buffer("scale", grid[0].half())
         if not symmetric:
             self.register_buffer("zero_point", grid[1].to(torch.uint8))
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
+
+    def _packed(self, weight, scale, zero_point) -> torch.Tensor:
+        bits, symmetric = self.bits, self.symmetric
+        codes = quant.quantize_groups(weight, scale, zero_point, self.group_size, bits, symmetric)
+        if symmetric:
+            codes = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+        return quant.pack_bits(codes, bits)
 
     def grid(self) -> tuple[np.ndarray, np.ndarray]:
         """Return scales, float32, and zero points, uint8, both `(out, n_groups)`."""

@@ -56,6 +56,27 @@ def add_4_bits(dots, word, x):
         dots[row] += part(w, 0xF000000) * x6 + part(w >> np.uint32(28), 0xF) * x7
 
 
+# By themselves: in a parallel function each line on arrays would wake all cores, and compile long.
+@njit(cache=True)
+def group_sums(x, group_size):
+    """Return the sums of the groups of x `(n_groups · group_size,)`: what zero points multiply."""
+    sums = np.zeros(x.size // group_size, np.float32)
+    for i in range(group_size):
+        for group in range(sums.size):
+            sums[group] += x[group * group_size + i]
+    return sums
+
+
+@njit(cache=True)
+def at_places(x, bits):
+    """Divide x `(in,)` by the places of its codes in their words; `(words, codes a word)`."""
+    scaled = x.copy().reshape(-1, 32 // bits)
+    for codes in scaled:
+        for place in range(codes.size - 1):  # the last code is shifted down
+            codes[place] /= np.float32(1 << (bits * place))
+    return scaled
+
+
 @njit(parallel=True, fastmath={"reassoc", "contract"}, cache=True)
 def matvec_packed(words, bits, scale, zero_point, x, group_size):
     """Multiply a weight of 8 or 4 bits with x: the 64 rows of a tile at once, a word at a time.
@@ -72,10 +93,7 @@ def matvec_packed(words, bits, scale, zero_point, x, group_size):
         float32 `(n_tiles · 64,)`.
     """
     y, per_word = np.empty((len(words), TILE), np.float32), 32 // bits
-    sums = x.reshape(-1, group_size).sum(1)  # of each group: what a zero point multiplies
-    places = np.float32(2) ** (-bits * np.arange(per_word))  # of a masked code in its word
-    places[-1] = 1  # the last one is shifted down
-    x = x.reshape(-1, per_word) * places.astype(np.float32)
+    sums, x = group_sums(x, group_size), at_places(x, bits)
     for tile in prange(len(words)):
         total, dots = np.zeros(TILE, np.float32), np.empty(TILE, np.float32)
         for group in range(sums.size):
@@ -88,7 +106,8 @@ def matvec_packed(words, bits, scale, zero_point, x, group_size):
             for row in range(TILE):
                 shift = np.float32(zero_point[tile, group, row]) * sums[group]
                 total[row] += scale[tile, group, row] * (dots[row] - shift)
-        y[tile] = total
+        for row in range(TILE):
+            y[tile, row] = total[row]
     return y.reshape(-1)
 
 
@@ -141,10 +160,13 @@ def attend(rows, cos, sin, keys, values, position):
             a, b = row[i], row[i + half]
             row[i] = a * cos[i] - b * sin[i]
             row[i + half] = b * cos[i + half] + a * sin[i + half]
-    keys[:, position] = rows[heads : heads + kv_heads]
-    values[:, position] = rows[heads + kv_heads :]
-    mixed = np.zeros((heads, width), np.float32)
+    for head in range(kv_heads):
+        for i in range(width):
+            keys[head, position, i] = rows[heads + head, i]
+            values[head, position, i] = rows[heads + kv_heads + head, i]
+    mixed = np.empty((heads, width), np.float32)
     for head in prange(heads):
+        mixed[head] = 0
         shared, query = head // (heads // kv_heads), rows[head] / np.float32(np.sqrt(width))
         scores = np.empty(position + 1, np.float32)
         for t in range(position + 1):

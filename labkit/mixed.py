@@ -10,7 +10,7 @@ from torch import nn
 from labkit.kernels import PackedLinear
 from labkit.measure import check_ids
 from labkit.ptq import LINEARS
-from labkit.quant import dequantize_groups, group_qparams, quantize_groups
+from labkit.quant import group_qparams, to_groups
 
 
 def layer_names(model: nn.Module) -> list[str]:
@@ -49,8 +49,8 @@ def fisher(model: nn.Module, ids: torch.Tensor, seed: int = 0) -> dict[str, torc
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
         loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
         for square, gradient in zip(squares, torch.autograd.grad(loss, weights), strict=True):
-            square += gradient.square()
-    return {name: square / ids.numel() for name, square in zip(names, squares, strict=True)}
+            square += gradient.square_()
+    return {name: square.div_(ids.numel()) for name, square in zip(names, squares, strict=True)}
 
 
 @torch.no_grad()
@@ -73,13 +73,40 @@ def rounding_costs(
     """
     costs = {}
     for name, weights_matter in information.items():
-        weight, costs[name] = model.get_submodule(name).weight, {}
+        costs[name] = {}
+        groups = to_groups(model.get_submodule(name).weight.float(), group_size)
+        ends = _ends(groups)  # once for all widths
         for bits in widths:
-            grid = group_qparams(weight, group_size, bits)
-            codes = quantize_groups(weight, *grid, group_size, bits)
-            error = dequantize_groups(codes, *grid, group_size) - weight
-            costs[name][bits] = float((weights_matter * error.square()).sum() / 2)
+            error = _round(groups, ends, bits).sub_(groups).square_()
+            error = error.flatten(1)[:, : weights_matter.shape[1]]
+            costs[name][bits] = float((weights_matter * error).sum() / 2)
     return costs
+
+
+@torch.no_grad()
+def round_to_nearest(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
+    """Return the weight that a `PackedLinear` of these bits would hold, float32.
+
+    Args:
+        weight: `(out, in)`, finite.
+        bits: 2 to 8.
+        group_size: inputs that share a scale; rounding is asymmetric.
+    """
+    groups = to_groups(weight.float(), group_size)
+    return _round(groups, _ends(groups), bits).flatten(1)[:, : weight.shape[1]]
+
+
+def _ends(groups: torch.Tensor) -> torch.Tensor:
+    # The smallest and the largest value of each group: its grid depends on nothing else.
+    ends = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    return torch.cat(ends, dim=-1).flatten(1)
+
+
+def _round(groups: torch.Tensor, ends: torch.Tensor, bits: int) -> torch.Tensor:
+    # `quantize` and `dequantize` in place: fresh memory would take most of the time.
+    scale, zero_point = group_qparams(ends, 2, bits)
+    codes = (groups / scale).round_().add_(zero_point).clamp_(0, 2**bits - 1)
+    return codes.sub_(zero_point).mul_(scale)
 
 
 def packed_nbytes(linear: nn.Linear, bits: int, group_size: int) -> int:

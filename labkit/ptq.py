@@ -97,11 +97,22 @@ def calibrate(
 def _recorder(sums: dict[str, list], name: str):
     def record(layer: nn.Module, arguments: tuple) -> None:
         x = arguments[0].flatten(0, -2).float()
-        new = [x.abs().sum(0), x.abs().amax(0), x.T @ x]
+        new = [x.abs().sum(0), x.abs().amax(0), _gram(x)]
         old = sums.get(name, [torch.zeros_like(part) for part in new])
         sums[name] = [old[0] + new[0], torch.maximum(old[1], new[1]), old[2] + new[2]]
 
     return record
+
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    # xᵀ x; it is symmetric: what lies below the diagonal blocks is copied.
+    n = x.shape[1]
+    gram = x.new_empty(n, n)
+    for part in torch.arange(n).tensor_split(4):
+        first, last = int(part[0]), int(part[-1]) + 1
+        gram[first:last, first:] = x[:, first:last].T @ x[:, first:]
+        gram[last:, first:last] = gram[first:last, last:].T
+    return gram
 
 
 @torch.no_grad()
@@ -174,15 +185,19 @@ def awq_factor(
     Source: Lin et al., "AWQ", arXiv 2306.00978.
     """
     best_error, best = math.inf, None
+    parts = [part for weight in weights for part in weight.split(512)]
     for alpha in torch.linspace(0, 1, steps):
         factor = inputs.mean.clamp(min=1e-5) ** alpha
         factor = factor / (factor.max() * factor.min()).sqrt()
         total = 0.0
-        for weight in weights:
-            grid = group_qparams(weight * factor, group_size, bits, symmetric)
-            codes = quantize_groups(weight * factor, *grid, group_size, bits, symmetric)
-            rounded = dequantize_groups(codes, *grid, group_size)
-            total += output_error(rounded / factor - weight, inputs.hessian)
+        for weight in parts:
+            scaled = weight * factor
+            grid = group_qparams(scaled, group_size, bits, symmetric)
+            codes = quantize_groups(scaled, *grid, group_size, bits, symmetric)
+            error = dequantize_groups(codes, *grid, group_size).div_(factor).sub_(weight)
+            total += output_error(error, inputs.hessian)
+            if total >= best_error:
+                break  # this exponent cannot win any more
         if total < best_error:
             best_error, best = total, factor
     return best
@@ -223,16 +238,35 @@ def quantize_block(
         inputs[name] = inputs[name].divided(factor)
     grids = {}
     for name, layers in LINEARS.items():
-        hessian = inputs[name].hessian
-        for layer in layers:
-            weight = block.get_submodule(layer).weight
-            size = group_size or weight.shape[1]
-            power = hessian.diagonal() if clipping else None
-            grid = group_qparams(weight, size, bits, symmetric, power)
-            if compensation:
-                codes = gptq(weight, hessian, *grid, size, bits, symmetric)
-            else:
-                codes = quantize_groups(weight, *grid, size, bits, symmetric)
-            weight.copy_(dequantize_groups(codes, *grid, size))
-            grids[layer] = grid
+        weights = [block.get_submodule(layer).weight for layer in layers]
+        rows, hessian = [len(weight) for weight in weights], inputs[name].hessian
+        # Rows are independent: those of all layers that read this input go through together.
+        stacked, size = torch.cat(weights), group_size or len(hessian)
+        power = hessian.diagonal() if clipping else None
+        found = _rounded(stacked, size, bits, symmetric, power, hessian if compensation else None)
+        parts = zip(layers, weights, *(x.split(rows) for x in found), strict=True)
+        for layer, weight, values, scale, zero_point in parts:
+            weight.copy_(values)
+            grids[layer] = scale.clone(), zero_point.clone()
     return grids
+
+
+def _rounded(
+    weight: torch.Tensor,
+    group_size: int,
+    bits: int,
+    symmetric: bool,
+    power: torch.Tensor | None,
+    hessian: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # The rounded weight, its scale and its zero point; a hessian asks for GPTQ.
+    parts = weight.split(2**18 // weight.shape[1] + 1)  # what fits the processor's cache
+    grids = [group_qparams(part, group_size, bits, symmetric, power) for part in parts]
+    grid = [torch.cat(part) for part in zip(*grids, strict=True)]
+    if hessian is not None:
+        codes = gptq(weight, hessian, *grid, group_size, bits, symmetric)
+    else:
+        pairs = zip(parts, grids, strict=True)
+        nearest = [quantize_groups(x, *own, group_size, bits, symmetric) for x, own in pairs]
+        codes = torch.cat(nearest)
+    return dequantize_groups(codes, *grid, group_size), *grid

@@ -42,11 +42,11 @@ class FakeQuantize(torch.autograd.Function):
         """Return the straight-through gradient of the weight, and LSQ's of the scale."""
         weight, scale, zero_point = ctx.saved_tensors
         position = weight / scale
-        level = position.round()
-        clipped = level.clamp(*(end - zero_point for end in ctx.ends))
-        inside = level == clipped
-        of_scale = torch.where(inside, level - position, clipped) * gradient
-        return gradient * inside, of_scale.sum_to_size(scale.shape), None, None, None
+        code = position.round().add_(zero_point)
+        clipped = code.clamp(*ctx.ends)
+        inside = code.eq_(clipped)  # 1 where nothing was clipped, else 0
+        of_scale = clipped.sub_(zero_point).sub_(position.mul_(inside)).mul_(gradient)
+        return inside.mul_(gradient), of_scale.sum_to_size(scale.shape), None, None, None
 
 
 class QATLinear(nn.Linear):

@@ -20,9 +20,9 @@ def check_input(x: torch.Tensor, bits: int) -> None:
         raise ValueError(f"bits must be from 2 to 8, not {bits}")
     if x.numel() == 0:
         raise ValueError(f"x is empty (shape {tuple(x.shape)}); a quantizer needs a value or more")
-    finite = torch.isfinite(x.float())  # in float32, in which every step computes
-    if not finite.all():
-        bad = int((~finite).sum())
+    wide = x.float()  # every step computes in float32
+    if not torch.isfinite(torch.stack(wide.aminmax())).all():  # NaN passes through both
+        bad = int((~torch.isfinite(wide)).sum())
         raise ValueError(f"x holds {bad} NaN or infinite value(s); remove them before quantizing")
 
 
@@ -206,9 +206,9 @@ def group_qparams(
         scale = to_fp16(scale)
         if importance is None:
             return scale, zero_point
-        codes = quantize(groups, scale, zero_point, bits, symmetric)
-        errors = (dequantize(codes, scale, zero_point) - groups).square()
-        new = (errors * to_groups(importance[None], group_size)).sum(-1, keepdim=True)
+        codes = (groups / scale).round_().add_(zero_point).clamp_(*integer_range(bits, symmetric))
+        errors = codes.sub_(zero_point).mul_(scale).sub_(groups).square_()  # in place: quicker
+        new = errors.mul_(to_groups(importance[None], group_size)).sum(-1, keepdim=True)
         best = best or (new, scale, zero_point)
         better = new < best[0]
         pairs = zip((new, scale, zero_point), best, strict=True)
@@ -251,6 +251,7 @@ def check_hessian(hessian: torch.Tensor, inputs: int, damping: float) -> None:
         raise ValueError(f"damping must be above 0, for example 0.01, not {damping}")
 
 
+@torch.no_grad()
 def gptq(
     weight: torch.Tensor,
     hessian: torch.Tensor,
@@ -284,19 +285,21 @@ def gptq(
     check_input(weight, bits)
     check_hessian(hessian, weight.shape[1], damping)
     order, factor = inverse_factor(hessian, damping)
-    rows = weight.float().T[order]  # one row an input
-    scales, zeros = (x[..., 0].T[order // group_size] for x in (scale, zero_point))
-    codes = torch.empty_like(rows)
-    qmin, qmax = integer_range(bits, symmetric)
-    for chunk in torch.arange(len(rows)).split(64):
-        last = int(chunk[-1]) + 1
-        errors = torch.zeros_like(rows[chunk])
-        for i, j in enumerate(chunk.tolist()):
-            codes[j] = ((rows[j] / scales[j]).round() + zeros[j]).clamp(qmin, qmax)
-            errors[i] = (rows[j] - (codes[j] - zeros[j]) * scales[j]) / factor[j, j]
-            rows[j + 1 : last] -= torch.outer(factor[j, j + 1 : last], errors[i])
-        rows[last:] -= factor[chunk, last:].T @ errors
-    return codes[order.argsort()].T.contiguous().to(torch.int8 if symmetric else torch.uint8)
+    rows = weight.float().T.contiguous()[order]  # one row an input
+    scales, zeros = (x[..., 0].T.contiguous()[order // group_size] for x in (scale, zero_point))
+    lowest, highest = (end - zeros for end in integer_range(bits, symmetric))
+    steps, spread = torch.empty_like(rows), factor / factor.diagonal()[:, None]
+    lines = list(zip(rows, steps, scales, lowest, highest, strict=True))
+    for first in range(0, len(rows), 32):
+        last = min(first + 32, len(rows))
+        for j in range(first, last):
+            row, step, s, low, high = lines[j]
+            torch.div(row, s, out=step).round_().clamp_(low, high)
+            row.addcmul_(step, s, value=-1)  # from here on, its rounding error
+            rows[j + 1 : last].addr_(spread[j, j + 1 : last], row, alpha=-1)
+        rows[last:].addmm_(spread[first:last, last:].T, rows[first:last], alpha=-1)
+    codes = (steps + zeros).to(torch.int8 if symmetric else torch.uint8)
+    return codes[order.argsort()].T.contiguous()
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -7,13 +7,17 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import joblib
 import nbformat
 import pytest
 from notebook_rules import code_cells, syntax_tree, taught
 from tqdm.auto import tqdm
+
+from labkit.claims import Claim
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 CHAPTER = "06_comparison"
@@ -108,12 +112,15 @@ def test_a_broken_line_inside_a_record_is_an_error(sweep, tmp_path):
     assert path.read_text().count("\n") == 2
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def verdicts():
+    """Run the cells of the verdict that need nothing else of the chapter."""
     cells = code_cells(nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4))
-    namespace = {}
+    no_claims = SimpleNamespace(claims=SimpleNamespace(REGISTRY={}))
+    namespace = {"json": json, "re": re, "Path": Path, "namedtuple": namedtuple, "lk": no_claims}
+    starts = ("LINE = re", "EVIDENCE = {", "HOLDS_WHEN = {", "def verdict_on")
     for cell in cells:
-        if cell.source.startswith(("EVIDENCE = {", "HOLDS_WHEN = {")):
+        if cell.source.startswith(starts):
             exec(cell.source, namespace)
     return namespace
 
@@ -124,14 +131,71 @@ def test_every_claim_of_the_book_has_a_verdict(verdicts):
     assert verdicts["HOLDS_WHEN"].keys() | verdicts["DOES_NOT_HOLD"].keys() < set(CLAIMS.split())
 
 
-def test_what_a_verdict_names_was_executed(verdicts):
-    executed = set()
+def printed_claims() -> dict[str, set[str]]:
+    """Return the ids of the claims that all notebooks printed, by their sign."""
+    found = {"✓": set(), "◷": set(), "✎": set()}
     for path in NOTEBOOKS.glob("0*.ipynb"):
         stored = nbformat.read(path, as_version=4)
         printed = "".join(o.get("text", "") for c in code_cells(stored) for o in c.outputs)
-        executed |= set(re.findall(r"^✓ (.+?): ", printed, flags=re.MULTILINE))
-    assert set(" ".join(verdicts["EVIDENCE"].values()).split()) <= executed
+        for sign, id in re.findall(r"^([✓◷✎]) (.+?): ", printed, flags=re.MULTILINE):
+            found[sign].add(id)
+    return found
+
+
+def test_what_a_verdict_names_was_printed(verdicts):
     assert all(verdicts["EVIDENCE"].values())
+    named = set(" ".join(verdicts["EVIDENCE"].values()).split())
+    assert named <= set().union(*printed_claims().values())
+
+
+def test_no_verdict_rests_on_records_alone(verdicts):
+    printed = printed_claims()
+    executed = printed["✓"] | printed["◷"]
+    assert not executed & printed["✎"]
+    for id, names in verdicts["EVIDENCE"].items():
+        assert executed & {*names.split()}, id
+
+
+LINES = """
+✓ one: A (b), c = 0.25 (band at most 0.3; null 1)
+✓ yes: The same = yes (band must be yes)
+✎ read: B over C = 1,024 (band 1,000 to 2,000; null 1; recorded: x.json, Xeon(R) 2)
+◷ fast: D over E = 2.1 (band at least 1.2; null 1): holds here, quartiles 2 to 2.2 over 5 rounds
+◷ slow: F over G = 0.9 (band 1.2 to 3; null 1): does not hold here, one run each, on a busy machine
+✓ old: H (between 1 and 2)
+a line about ✓ nothing: = 1 (band 1 to 2)
+"""
+
+
+@pytest.fixture
+def made(verdicts, tmp_path, monkeypatch):
+    """Return what the verdict reads from another notebook, beside one claim of its own."""
+    output = nbformat.v4.new_output("stream", text=LINES)
+    cells = [nbformat.v4.new_code_cell("x", outputs=[output]), nbformat.v4.new_markdown_cell("y")]
+    for name in ("03_x", CHAPTER):
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
+    own = Claim("own", "I", 3.0, 1.0, 2.0, None, "timed", False)
+    verdicts["lk"].claims.REGISTRY["own"] = own
+    monkeypatch.chdir(tmp_path)
+    return verdicts["claims_made"]()
+
+
+def test_claims_are_read_by_sign(made):
+    assert [claim.sign for claim in made.values()] == ["✓", "✓", "✎", "◷", "◷", "◷"]
+    assert list(made) == ["one", "yes", "read", "fast", "slow", "own"]  # not the old form
+    assert [id for id, claim in made.items() if not claim.held] == ["slow", "own"]
+    assert made["one"].words == "A (b), c = 0.25"
+    assert made["read"].words == "B over C = 1,024"
+    assert (made["slow"].chapter, made["own"].chapter) == ("3", "6")
+
+
+def test_a_verdict_says_what_did_not_hold_and_what_was_not_executed(verdicts, made):
+    id = "qat-costly"  # holds, without conditions
+    assert verdicts["verdict_on"](id, [made["one"], made["fast"]]) == ("holds", "")
+    assert "did not hold" in verdicts["verdict_on"](id, [made["one"], made["slow"]])[0]
+    assert "records alone" in verdicts["verdict_on"](id, [])[0]
+    assert "did not hold" in verdicts["told"](made["slow"])
+    assert "did not hold" not in verdicts["told"](made["read"])
 
 
 def test_the_record_holds_every_strategy_once():

@@ -13,7 +13,7 @@ from notebook_rules import taught
 import labkit as lk
 from labkit import mixed
 from labkit.kernels import PackedLinear
-from labkit.quant import pack_bits, unpack_bits
+from labkit.quant import dequantize_groups, group_qparams, pack_bits, quantize_groups, unpack_bits
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,21 @@ def test_costs_predict_the_divergence_that_is_measured(tiny):
             )
             assert 0.5 < costs[name][bits] / (measured / ids.numel()) < 2
         assert costs[name][3] > costs[name][4] > 20 * costs[name][8] > 0
+
+
+@pytest.mark.parametrize("group_size", [16, 64])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_rounding_is_that_of_the_reference_quantizers(bits, group_size):
+    linear = torch.nn.Linear(100, 24)
+    weight, matter = linear.weight.detach(), torch.rand(24, 100)
+    weight[3] = 0
+    grid = group_qparams(weight, group_size, bits)
+    codes = quantize_groups(weight, *grid, group_size, bits)
+    expected = dequantize_groups(codes, *grid, group_size)
+    assert torch.equal(mixed.round_to_nearest(weight, bits, group_size), expected)
+    model = torch.nn.Sequential(linear)
+    costs = mixed.rounding_costs(model, {"0": matter}, (bits,), group_size)
+    assert costs["0"][bits] == float((matter * (expected - weight).square()).sum() / 2)
 
 
 def test_fisher_refuses_ids_that_are_no_windows(tiny):

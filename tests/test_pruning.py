@@ -67,7 +67,7 @@ def brain_surgeon(weight, hessian, sparsity, round_input=lambda column, j: colum
 @pytest.mark.parametrize("inputs", [12, 64, 160])
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
 def test_sparsegpt_is_the_brain_surgeon_in_order(inputs, sparsity):
-    space = functions("keep_largest", "sparse_gpt")
+    space = functions("keep_largest", "keep_in_layers", "sparse_gpt")
     weight, hessian = problem(inputs)
     expected = brain_surgeon(weight, hessian, sparsity)
     found = space["sparse_gpt"](weight, hessian, sparsity)
@@ -76,7 +76,7 @@ def test_sparsegpt_is_the_brain_surgeon_in_order(inputs, sparsity):
 
 
 def test_sparsegpt_rounds_in_the_same_pass():
-    space = functions("keep_largest", "to_grid", "sparse_gpt")
+    space = functions("keep_largest", "keep_in_layers", "to_grid", "sparse_gpt")
     weight, hessian = problem(128)
     scale, zero_point = grid = quant.group_qparams(weight, 64)
 
@@ -93,7 +93,7 @@ def test_sparsegpt_rounds_in_the_same_pass():
 
 def test_without_pruning_it_is_gptq_in_the_same_order():
     """An input of falling power keeps GPTQ's order, so that both do the same."""
-    space = functions("keep_largest", "to_grid", "sparse_gpt")
+    space = functions("keep_largest", "keep_in_layers", "to_grid", "sparse_gpt")
     weight, hessian = problem(64)
     order = hessian.diagonal().argsort(descending=True)
     weight, hessian = weight[:, order].contiguous(), hessian[order][:, order].contiguous()
@@ -104,12 +104,41 @@ def test_without_pruning_it_is_gptq_in_the_same_order():
 
 
 def test_sparsegpt_survives_an_input_that_never_fires():
-    space = functions("keep_largest", "sparse_gpt")
+    space = functions("keep_largest", "keep_in_layers", "sparse_gpt")
     weight, hessian = problem(16)
     hessian[3], hessian[:, 3] = 0, 0
     found = space["sparse_gpt"](weight, hessian, 0.5)
     assert torch.isfinite(found).all()
     assert int((found == 0).sum()) == weight.numel() // 2
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_layers_in_one_loop_are_pruned_as_each_alone(bits):
+    space = functions("keep_largest", "keep_in_layers", "to_grid", "sparse_gpt")
+    weights = [problem(128, rows, seed)[0] for seed, rows in enumerate((4, 7, 2))]
+    hessian, stacked = problem(128)[1], torch.cat(weights)
+    grids = [quant.group_qparams(w, 64, bits) if bits < 16 else None for w in (*weights, stacked)]
+    found = space["sparse_gpt"](stacked, hessian, 0.5, grids.pop(), bits, [4, 7, 2])
+    for weight, grid, part in zip(weights, grids, found.split([4, 7, 2]), strict=True):
+        alone = space["sparse_gpt"](weight, hessian, 0.5, grid, bits)
+        torch.testing.assert_close(part, alone)
+        assert torch.equal(part == 0, alone == 0)
+
+
+def test_all_layers_are_pruned_in_place_onto_the_grids_that_come_back(model, ids):
+    space = functions("keep_largest", "keep_in_layers", "to_grid", "sparse_gpt", "prune_all")
+    statistics = [inputs for _, inputs in calibrate(model, ids, propagate=False)]
+    net = copy.deepcopy(model)
+    grids = space["prune_all"](net, statistics, space["sparse_gpt"], 0.5, 4)
+    assert len(grids) == 7 * len(net.model.layers)
+    for name, grid in grids.items():
+        weight, block = net.get_submodule(name).weight, int(name.split(".")[2])
+        codes = quant.quantize_groups(weight, *grid, 64)
+        assert torch.equal(quant.dequantize_groups(codes, *grid, 64), weight)
+        kind = next(kind for kind, layers in LINEARS.items() if name.endswith(layers))
+        hessian, old = statistics[block][kind].hessian, model.get_submodule(name).weight
+        alone = space["sparse_gpt"](old, hessian, 0.5, grid, 4)
+        torch.testing.assert_close(weight, alone)
 
 
 def test_wanda_keeps_the_largest_of_each_row():
@@ -134,7 +163,7 @@ def test_sparsegpt_in_the_pattern():
 
 
 def test_what_stays_makes_good_for_what_goes():
-    space = functions("keep_largest", "sparse_gpt")
+    space = functions("keep_largest", "keep_in_layers", "sparse_gpt")
     weight, hessian = problem(64)
     found = space["sparse_gpt"](weight, hessian, 0.5)
     errors = [new - weight for new in (found, weight * (found != 0))]
@@ -169,18 +198,16 @@ def test_a_bitmap_and_csr_give_the_codes_back(bits):
 
 
 def test_thinner_mlps_compute_what_masked_ones_do(model, ids):
-    space = functions("thinner", "with_fewer_channels", seen=ids)
-    small = space["with_fewer_channels"](copy.deepcopy(model), 320)
+    space = functions("thinner", "with_fewer_channels")
+    statistics = [inputs for _, inputs in calibrate(model, ids[:4], propagate=False)]
+    small = space["with_fewer_channels"](copy.deepcopy(model), 320, statistics)
     assert small.model.layers[0].mlp.down_proj.weight.shape == (192, 320)
-    firsts = calibrate(copy.deepcopy(model), ids[:4])
-    _, inputs = next(firsts)  # of the first block: what the choice there was made from
-    power = inputs["down"].hessian.diagonal()
-    for number, (old, new) in enumerate(zip(model.model.layers, small.model.layers, strict=True)):
+    for inputs, old, new in zip(statistics, model.model.layers, small.model.layers, strict=True):
         gone = ~(old.mlp.gate_proj.weight[:, None] == new.mlp.gate_proj.weight).all(2).any(1)
         assert int(gone.sum()) == 512 - 320
-        if number == 0:
-            strength = power * old.mlp.down_proj.weight.detach().square().sum(0)
-            assert strength[gone].max() <= strength[~gone].min()
+        power = inputs["down"].hessian.diagonal()
+        strength = power * old.mlp.down_proj.weight.detach().square().sum(0)
+        assert strength[gone].max() <= strength[~gone].min()
         old.mlp.down_proj.weight.data[:, gone] = 0
     with torch.no_grad():
         torch.testing.assert_close(small(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
@@ -192,8 +219,9 @@ def test_fewer_heads_compute_what_masked_ones_do():
     torch.manual_seed(0)
     model = type(lk.load_model("tiny", device="cpu")[0])(config).eval()
     ids = torch.arange(64).view(2, 32)
-    space = functions("thinner", "with_fewer_heads", seen=ids)
-    small = space["with_fewer_heads"](copy.deepcopy(model), 2)
+    space = functions("thinner", "with_fewer_heads")
+    statistics = [inputs for _, inputs in calibrate(model, ids, propagate=False)]
+    small = space["with_fewer_heads"](copy.deepcopy(model), 2, statistics)
     for old, new in zip(model.model.layers, small.model.layers, strict=True):
         columns = old.self_attn.o_proj.weight.T[:, None] == new.self_attn.o_proj.weight.T
         gone = ~columns.all(2).any(1)
