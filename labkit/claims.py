@@ -90,7 +90,7 @@ def timed_claim(
     *,
     null: float = 1.0,
     reason: str = "",
-) -> bool:
+) -> None:
     """State a claim about time, and print whether it holds on this machine; it never raises for it.
 
     Args:
@@ -98,9 +98,6 @@ def timed_claim(
         ratio: from `labkit.measure.ratio`: its `value`, and where that comes from.
         low, high: the band; it lies on one side of `null`.
         null: the ratio if both were equally fast.
-
-    Returns:
-        Whether it holds here.
 
     Raises:
         TypeError: if `ratio` is a bare number, which does not say how it was timed.
@@ -116,7 +113,6 @@ def timed_claim(
     facts = "; ".join([f"band {_band(low, high)}", *_null(null)])
     verdict = "holds here" if holds else "does not hold here"
     print(f"◷ {id}: {sentence} = {_digits(number)} ({facts}): {verdict}, {ratio.origin}")
-    return holds
 
 
 def _number(id: str, value: Any) -> float:
