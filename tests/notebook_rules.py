@@ -15,7 +15,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from labkit.authoring import elsewhere
+from labkit.authoring import elsewhere, folding
 from labkit.authoring.claim_lines import ClaimLine, claims_of
 
 ROOT = Path(__file__).parent.parent
@@ -182,14 +182,13 @@ def imports_are_pinned(notebook) -> Iterator[str]:
 
 
 def cells_are_short(notebook) -> Iterator[str]:
-    lengths = [
-        sum(bool(line.strip()) for line in c.source.splitlines()) for c in code_cells(notebook)
-    ]
+    open_cells = [cell for cell in code_cells(notebook) if folding.TAG not in tags(cell)]
+    lengths = [sum(bool(line.strip()) for line in c.source.splitlines()) for c in open_cells]
     if max(lengths, default=0) > 30:
         yield f"the longest code cell has {max(lengths)} lines that are not blank; 30 at most"
     over = sum(length > 15 for length in lengths)
     if over > 0.2 * len(lengths):
-        yield f"{over} of {len(lengths)} code cells have more than 15 lines; a fifth at most"
+        yield f"{over} of {len(lengths)} open code cells have more than 15 lines; a fifth at most"
 
 
 def opens_and_closes_as_agreed(notebook) -> Iterator[str]:

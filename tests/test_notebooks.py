@@ -209,7 +209,7 @@ BROKEN_NOTEBOOKS = [
     (_without_counts, "execution counts"),
     (_counted_from_two, "execution counts"),
     (_mostly_ignored, "code cells are strict"),
-    (_long_cells, "3 of 8 code cells have more than 15 lines"),
+    (_long_cells, "open code cells have more than 15 lines"),
     (_without_title, "does not start with a title"),
     (_without_minutes, "does not mention 'minute'"),
     (_without_reading, "no closing heading mentions 'further reading'"),

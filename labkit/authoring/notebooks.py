@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from labkit import machine
+from labkit.authoring import folding
 
 CELL_SECONDS = 600
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
-_LASTING_METADATA = {"authors", "deletable", "editable", "slideshow", "tags", "title"}
+_LASTING_METADATA = {"authors", "deletable", "editable", "jupyter", "slideshow", "tags", "title"}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _PROGRESS_BAR = re.compile(r"\d+%\|.*\|\s*\S+/\S+ \[")
 
@@ -61,7 +62,8 @@ def normalize(notebook):
 
     Gone afterwards: kernel details, timings, widget state and widget ids (a widget keeps its
     `text/plain`, which nbval compares), progress bars in cells whose output is ignored, and the
-    library frames of a stored traceback, which hold paths. Returns the same notebook.
+    library frames of a stored traceback, which hold paths. Cells that only draw are folded. Returns
+    the same notebook.
     """
     for part in (notebook, *notebook.cells):
         for key in set(part.metadata):
@@ -73,6 +75,7 @@ def normalize(notebook):
             ignored = "nbval-ignore-output" in cell.metadata.get("tags", [])
             kept = [out for out in cell.outputs if not (ignored and _is_progress_bar(out))]
             cell.outputs = [_normalize_output(out, cell.execution_count) for out in kept]
+    folding.fold(notebook)
     return notebook
 
 
