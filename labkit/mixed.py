@@ -10,7 +10,7 @@ from torch import nn
 from labkit.kernels import PackedLinear
 from labkit.measure import check_ids
 from labkit.ptq import LINEARS
-from labkit.quant import group_qparams, to_groups
+from labkit.quant import group_qparams, round_to_grid, to_groups
 
 
 def layer_names(model: nn.Module) -> list[str]:
@@ -77,7 +77,8 @@ def rounding_costs(
         groups = to_groups(model.get_submodule(name).weight.float(), group_size)
         ends = _ends(groups)  # once for all widths
         for bits in widths:
-            error = _round(groups, ends, bits).sub_(groups).square_()
+            error = round_to_grid(groups, *group_qparams(ends, 2, bits), bits)
+            error = error.sub_(groups).square_()
             error = error.flatten(1)[:, : weights_matter.shape[1]]
             costs[name][bits] = float((weights_matter * error).sum() / 2)
     return costs
@@ -93,20 +94,14 @@ def round_to_nearest(weight: torch.Tensor, bits: int, group_size: int) -> torch.
         group_size: inputs that share a scale; rounding is asymmetric.
     """
     groups = to_groups(weight.float(), group_size)
-    return _round(groups, _ends(groups), bits).flatten(1)[:, : weight.shape[1]]
+    grid = group_qparams(_ends(groups), 2, bits)
+    return round_to_grid(groups, *grid, bits).flatten(1)[:, : weight.shape[1]]
 
 
 def _ends(groups: torch.Tensor) -> torch.Tensor:
     # The smallest and the largest value of each group: its grid depends on nothing else.
     ends = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     return torch.cat(ends, dim=-1).flatten(1)
-
-
-def _round(groups: torch.Tensor, ends: torch.Tensor, bits: int) -> torch.Tensor:
-    # `quantize` and `dequantize` in place: fresh memory would take most of the time.
-    scale, zero_point = group_qparams(ends, 2, bits)
-    codes = (groups / scale).round_().add_(zero_point).clamp_(0, 2**bits - 1)
-    return codes.sub_(zero_point).mul_(scale)
 
 
 def packed_nbytes(linear: nn.Linear, bits: int, group_size: int) -> int:

@@ -15,7 +15,12 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# No time fails a test: a machine may be busy.
+hypothesis.settings.register_profile("workbook", hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("workbook")
 
 ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

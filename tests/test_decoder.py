@@ -90,7 +90,7 @@ def test_layers_that_read_the_same_input_are_one_product(bits):
     check_product(product(x), np.concatenate(weights), x)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), st.sampled_from([4, 8]), st.booleans(), st.integers(1, 70), st.integers(1, 5))
 def test_the_quick_way_to_dequantize_is_exact(data, bits, symmetric, inputs, out):
     group_size = data.draw(st.integers(1, inputs))

@@ -42,7 +42,7 @@ def random(*shape: int, seed: int = 0, spread: float = 1.0, shift: float = 0.0) 
 @example(torch.tensor([-3.0, -4.0]), 2, False, None)
 @example(torch.tensor([1e38, -1e38]), 8, False, None)
 @example(torch.tensor([1e-38, 1e-45]), 8, True, None)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_quantizer_properties(x, bits, symmetric, dim):
     scale, zero_point = quant.choose_qparams(x, bits, symmetric, dim)
     codes = quant.quantize(x, scale, zero_point, bits, symmetric)
@@ -81,7 +81,7 @@ def test_quantizer_properties(x, bits, symmetric, dim):
 
 
 @given(tensors(st.floats(-1e4, 1e4, width=32)), st.sampled_from(BITS), st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_grid_is_fixed_under_a_second_pass(x, bits, symmetric):
     scale, zero_point = quant.choose_qparams(x, bits, symmetric)
     once = quant.quantize(x, scale, zero_point, bits, symmetric)
@@ -92,7 +92,7 @@ def test_the_grid_is_fixed_under_a_second_pass(x, bits, symmetric):
 
 
 @given(tensors(st.floats(-1e4, 1e4, width=32)), st.sampled_from(BITS), st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_fake_quantize_is_idempotent(x, bits, symmetric):
     once = quant.fake_quantize(x, bits, symmetric)
     # The zero point may fall between two codes with equal right; then the grid may lose its end.
@@ -107,7 +107,7 @@ def test_fake_quantize_is_idempotent(x, bits, symmetric):
     st.lists(st.integers(0, 15), min_size=0, max_size=40).filter(lambda v: len(v) % 2 == 0),
     st.integers(1, 3),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_pack_and_unpack_undo_each_other(values, rows):
     codes = torch.tensor([values] * rows, dtype=torch.uint8)
     packed = quant.pack_bits(codes, 4)
