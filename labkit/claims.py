@@ -76,7 +76,8 @@ def claim(
     shown = ("no", "yes")[int(number)] if yes_or_no else _digits(number)
     band = "must be yes" if yes_or_no else _band(low, high)
     if not holds:
-        raise AssertionError(f"{id}: {sentence} = {shown}, outside its band: {band}")
+        hint = "; look for what broke in the cells above" if math.isnan(number) else ""
+        raise AssertionError(f"{id}: {sentence} = {shown}, outside its band: {band}{hint}")
     facts = [f"band {band}", *_null(null), *([f"recorded: {record}"] if record else [])]
     print(f"{'✎' if record else '✓'} {id}: {sentence} = {shown} ({'; '.join(facts)})")
 
