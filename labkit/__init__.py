@@ -13,6 +13,7 @@ _NAMES = {
     "models": ("load_model", "generate"),
     "data": ("text", "windows", "digits", "docstrings"),
     "measure": ("perplexity", "paired_difference", "alternate", "once", "ratio"),
+    "evaluation": ("reference", "quality", "verdict"),
     "ledger": ("save_weights", "load_weights", "byte_ledger"),
     "machine": ("resident_memory", "peak_memory", "hardware", "quantized_engine"),
     "claims": ("claim", "timed_claim"),

@@ -1,4 +1,4 @@
-"""Text and images that every Python installation already has: no hub, no download."""
+"""Windows of text, and images: no hub, and after one fetch no network."""
 
 import ast
 import functools
@@ -11,27 +11,33 @@ from pathlib import Path
 
 import torch
 
-SPLITS = ("train", "calibration", "eval")
+from labkit import texts
+
+# Of one document, of which each Python version has its own: chapters not yet rebuilt use them.
+REFERENCE = ("reference-fit", "reference-judge")
 _SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
 
 
-def text(split: str) -> str:
-    """Return one of three texts that share no paragraph; they depend on the Python version.
+def text(name: str) -> str:
+    """Return a text by name.
 
     Args:
-        split: `"train"` (the docstrings of the standard library, 1.4 million characters), or
-            `"calibration"` or `"eval"` (190,000 each, cut from the language reference that CPython
-            ships for `help()`, `pydoc_data.topics`).
+        name: one of `labkit.texts.EVALUATION` or `labkit.texts.CALIBRATION`, the same everywhere,
+            see `labkit.texts.text`. Or one that depends on the Python version: `"train"` (the
+            docstrings of the standard library, 1.4 million characters), `"reference-fit"` or
+            `"reference-judge"` (190,000 each, cut in turn from the language reference that CPython
+            ships for `help()`: no paragraph in both, but one document).
 
     Raises:
-        ValueError: if `split` is not one of the three.
+        ValueError: if there is no such text.
+        Unavailable: if it must be fetched and cannot be, see `labkit.texts.text`.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
-    if split == "train":
+    if name == "train":
         return "\n\n".join(docstrings(("stdlib",)))
+    if name not in REFERENCE:
+        return texts.text(name)
     # Cut in long runs, not paragraph by paragraph: a window of 512 tokens should read as one text.
-    paragraphs, first = _reference_paragraphs(), 0 if split == "calibration" else 50
+    paragraphs, first = _reference_paragraphs(), 50 * REFERENCE.index(name)
     runs = (paragraphs[start : start + 50] for start in range(first, len(paragraphs), 100))
     return "\n\n".join(paragraph for run in runs for paragraph in run)
 
@@ -98,30 +104,36 @@ def _documented(tree: ast.Module) -> Iterator[ast.AST]:
             todo.extend(getattr(node, part, ()))
 
 
-def windows(tokenizer, split: str, n_windows: int, length: int) -> torch.Tensor:
-    """Cut the first tokens of a text split into windows that do not overlap.
+def windows(tokenizer, name: str, n_windows: int, length: int) -> torch.Tensor:
+    """Cut the first tokens of a text into windows that do not overlap.
 
     Args:
         tokenizer: a tokenizer as `transformers` makes them.
-        split: `"train"`, `"calibration"` or `"eval"`, see `text`.
+        name: of a text, see `text`; or `"calibration"`: a window of each kind of text in
+            `labkit.texts.CALIBRATION`, then another of each, and so on.
         n_windows, length: how many windows, of how many tokens each.
 
     Returns:
         int64 tensor `(n_windows, length)`.
 
     Raises:
-        ValueError: if a count is below 1 or the split is too short.
+        ValueError: if a count is below 1, there is no such text, or it is too short.
+        Unavailable: if a text must be fetched and cannot be, see `labkit.texts.text`.
     """
-    for name, value in (("n_windows", n_windows), ("length", length)):
+    for argument, value in (("n_windows", n_windows), ("length", length)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+            raise ValueError(f"{argument} must be at least 1, not {value}")
+    if name == "calibration":
+        kinds = texts.CALIBRATION
+        of_each = [windows(tokenizer, kind, -(-n_windows // len(kinds)), length) for kind in kinds]
+        return torch.stack(of_each, dim=1).flatten(0, 1)[:n_windows]
     # A token covers a character or more, so 12 characters a token are plenty and spare the rest.
     needed = n_windows * length
-    some = text(split)[: 12 * needed]
+    some = text(name)[: 12 * needed]
     ids = tokenizer(some, verbose=False, add_special_tokens=False)["input_ids"]
     if len(ids) < needed:
         wanted = f"n_windows × length = {needed} tokens"
-        raise ValueError(f"{wanted}, but split {split!r} has only {len(ids)}")
+        raise ValueError(f"{wanted}, but the text {name!r} has only {len(ids)}")
     return torch.tensor(ids[:needed]).view(n_windows, length)
 
 

@@ -117,6 +117,14 @@ def _token_nats(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(nats).double().cpu().view(len(ids), -1)
 
 
+def t_margin(values: torch.Tensor) -> float:
+    """Return half the width of the 95 % interval of a mean, by Student's t; NaN for one value."""
+    from scipy.special import stdtrit
+
+    n = len(values)
+    return float(stdtrit(n - 1, 0.975)) * values.std().item() / n**0.5 if n > 1 else math.nan
+
+
 def _mean_and_error(windows: torch.Tensor) -> tuple[float, float]:
     n = len(windows)
     return windows.mean().item(), windows.std().item() / n**0.5 if n > 1 else math.nan

@@ -255,7 +255,7 @@ def ids(tiny):
     """Calibration windows of the tiny LM, int64 `(6, 64)`."""
     import labkit as lk
 
-    return lk.windows(tiny[1], "calibration", 6, 64)
+    return lk.windows(tiny[1], "reference-fit", 6, 64)
 
 
 @pytest.fixture

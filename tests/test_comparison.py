@@ -36,7 +36,7 @@ def score(task):
 
     model, tokenizer = lk.load_model(task["model"], device="cpu")
     mixed.pack_layers(model, dict.fromkeys(mixed.layer_names(model), task["bits"]))
-    nats = lk.perplexity(model, lk.windows(tokenizer, "eval", 4, 64)).window_nats
+    nats = lk.perplexity(model, lk.windows(tokenizer, "reference-judge", 4, 64)).window_nats
     return {"task": task, "window_nats": nats.tolist()}
 """
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 import labkit as lk
-from labkit import data, models
+from labkit import data, models, texts
 from labkit.authoring import pretrain
 
 
-def test_splits_share_no_paragraph():
-    paragraphs = {
-        split: {p for p in lk.text(split).split("\n\n") if len(p) > 40} for split in data.SPLITS
-    }
-    assert all(len(found) > 500 for found in paragraphs.values())
-    assert not paragraphs["calibration"] & paragraphs["eval"]
-    assert not paragraphs["train"] & (paragraphs["calibration"] | paragraphs["eval"])
+def test_python_texts_share_no_paragraph():
+    fit, judge, train = (
+        set(texts.paragraphs(lk.text(name))) for name in (*data.REFERENCE, "train")
+    )
+    assert min(map(len, (fit, judge, train))) > 500
+    assert not fit & judge
+    assert not train & (fit | judge)
 
 
 def test_held_out_docstrings_are_not_trained_on():
@@ -28,19 +28,30 @@ def test_held_out_docstrings_are_not_trained_on():
 
 def test_windows_are_the_text_in_order():
     _, tokenizer = lk.load_model("tiny")
-    rows = lk.windows(tokenizer, "eval", 3, 64)
+    rows = lk.windows(tokenizer, "news", 3, 64)
     assert rows.shape == (3, 64)
     assert rows.dtype == torch.int64
-    assert lk.text("eval").startswith(tokenizer.decode(rows.flatten()))
+    assert lk.text("news").startswith(tokenizer.decode(rows.flatten()))
+
+
+def test_calibration_windows_take_every_kind_in_turn():
+    _, tokenizer = lk.load_model("tiny")
+    rows = lk.windows(tokenizer, "calibration", 7, 64)
+    kinds = len(texts.CALIBRATION)
+    for i, kind in enumerate(texts.CALIBRATION):
+        of_kind = lk.windows(tokenizer, kind, len(rows[i::kinds]), 64)
+        assert torch.equal(rows[i::kinds], of_kind)
+    assert torch.equal(lk.windows(tokenizer, "calibration", 5, 64), rows[:5])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("test", 1, 8), "split must be one of"),
-        (("eval", 0, 8), "n_windows must be at least 1"),
-        (("eval", 1, 0), "length must be at least 1"),
-        (("eval", 100_000, 512), "has only"),
+        (("test", 1, 8), "name must be one of 'news'"),
+        (("news", 0, 8), "n_windows must be at least 1"),
+        (("news", 1, 0), "length must be at least 1"),
+        (("news", 100_000, 512), "the text 'news' has only"),
+        (("calibration", 100_000, 512), "the text '[a-z-]+' has only"),
     ],
 )
 def test_bad_windows_are_refused(arguments, message):
@@ -98,7 +109,7 @@ def ngram_perplexity(train: np.ndarray, test: np.ndarray, vocabulary: int) -> tu
 def test_tiny_beats_a_unigram_and_a_trigram_of_its_own_training_text():
     model, tokenizer = lk.load_model("tiny", device="cpu")
     train = pretrain.encode_stream(tokenizer, data.docstrings(pretrain.PACKAGES)).numpy()
-    windows = lk.windows(tokenizer, "eval", 32, 250)
+    windows = lk.windows(tokenizer, "reference-judge", 32, 250)
     unigram, trigram = ngram_perplexity(train, windows.flatten().numpy(), 2048)
     tiny = lk.perplexity(model, windows).perplexity
     assert tiny < trigram / 2, (tiny, trigram)

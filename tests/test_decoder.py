@@ -169,7 +169,7 @@ def llama(request, small):
     if request.param == "small":
         return small, torch.randint(97, (2, 20), generator=torch.Generator().manual_seed(1)), 16
     model, tokenizer = lk.load_model("tiny", device="cpu")
-    return model, lk.windows(tokenizer, "eval", 2, 64), 64
+    return model, lk.windows(tokenizer, "reference-judge", 2, 64), 64
 
 
 def all_layers(model, bits: int) -> dict[str, int]:
@@ -271,7 +271,7 @@ def test_the_model_is_left_as_it_was(small):
 
 def test_perplexity_scores_a_decoder():
     model, tokenizer = lk.load_model("tiny", device="cpu")
-    ids = lk.windows(tokenizer, "eval", 4, 64)
+    ids = lk.windows(tokenizer, "reference-judge", 4, 64)
     reference = lk.perplexity(model, ids).perplexity
     assert lk.perplexity(Decoder(model), ids).perplexity == pytest.approx(reference, rel=1e-4)
     eight = Decoder(packed(model, all_layers(model, 8), 64))

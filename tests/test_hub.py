@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from traitlets.config import Config
 
-from labkit import models
+from labkit import downloads
 from labkit.authoring.doctor import MEMORY_OF_A_CHAPTER
 
 SOURCE = Path(__file__).parent.parent / "classroom" / "jupyterhub_config.py"
@@ -66,7 +66,7 @@ def test_learners_find_one_cache_outside_every_home(configure, monkeypatch):
     given = configure().Spawner.environment
     # The learner's process has the variables that the hub passes on: labkit must heed them.
     monkeypatch.setenv("LABKIT_CACHE", given["LABKIT_CACHE"])
-    folder = models.cache_folder()
+    folder = downloads.cache_folder()
     assert str(folder) == given["LABKIT_CACHE"]
     assert folder.is_absolute()
     assert not {Path.home(), Path.home().parent} & {folder, *folder.parents[:-1]}

@@ -13,7 +13,7 @@ import pytest
 from nbformat import v4
 from packaging.specifiers import SpecifierSet
 
-from labkit import models, python_version
+from labkit import downloads, models, python_version
 from labkit.authoring import commands as command_line
 from labkit.authoring import doctor, notebooks
 
@@ -56,27 +56,28 @@ def test_an_unknown_command_is_refused(capsys):
 
 def test_fetch_says_where_and_how_big(monkeypatch, capsys, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"0" * 3_000_000)
-    monkeypatch.setattr(models, "fetch_smollm2", lambda: tmp_path)
+    monkeypatch.setattr(downloads.Download, "fetch", lambda self: tmp_path)
     assert command_line.main(["fetch"]) == 0
-    assert capsys.readouterr().out == f"SmolLM2 is ready: {tmp_path} (3 MB)\n"
+    said = f"SmolLM2, ready: {tmp_path} (3 MB)\nThe texts, ready: {tmp_path} (3 MB)\n"
+    assert capsys.readouterr().out == said
 
 
-@pytest.mark.parametrize("error", [models.ModelUnavailable, PermissionError])
+@pytest.mark.parametrize("error", [downloads.Unavailable, models.ModelUnavailable, PermissionError])
 def test_fetch_fails_in_one_line(monkeypatch, capsys, error):
-    def fail():
+    def fail(self):
         raise error("no network; run it where there is one")
 
-    monkeypatch.setattr(models, "fetch_smollm2", fail)
+    monkeypatch.setattr(downloads.Download, "fetch", fail)
     assert command_line.main(["fetch"]) == 1
     assert capsys.readouterr().err == "labkit fetch: no network; run it where there is one\n"
 
 
 @pytest.mark.parametrize("error", [KeyError, RuntimeError, NotImplementedError])
 def test_a_bug_keeps_its_traceback(monkeypatch, error):
-    def fail():
+    def fail(self):
         raise error("a bug")
 
-    monkeypatch.setattr(models, "fetch_smollm2", fail)
+    monkeypatch.setattr(downloads.Download, "fetch", fail)
     with pytest.raises(error, match="a bug"):
         command_line.main(["fetch"])
 
@@ -349,13 +350,15 @@ def test_doctor_looks_at_the_disk_of_the_cache(monkeypatch, tmp_path):
     assert (status, "not writable" in text, "LABKIT_CACHE" in remedy) == ("failed", True, True)
 
 
-def test_doctor_warns_of_a_missing_model_and_fails_on_a_damaged_one(monkeypatch, tmp_path):
+def test_doctor_warns_of_what_is_missing_and_fails_on_what_is_damaged(monkeypatch, tmp_path):
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path))
-    ((status, text, remedy),) = findings(doctor.check_smollm2)
-    assert (status, text) == ("warning", "SmolLM2: not in the cache")
-    assert "python -m labkit fetch" in remedy
-    models.smollm2_folder().mkdir()
-    ((status, text, remedy),) = findings(doctor.check_smollm2)
+    for title, (status, text, remedy) in zip(
+        ("SmolLM2", "the texts"), findings(doctor.check_fetched), strict=True
+    ):
+        assert (status, text) == ("warning", f"{title}: not in the cache")
+        assert "python -m labkit fetch" in remedy
+    models.SMOLLM2.folder.mkdir()
+    (status, text, remedy), _ = findings(doctor.check_fetched)
     assert status == "failed"
     assert "damaged" in text
     assert "python -m labkit fetch" in remedy

@@ -19,7 +19,7 @@ from labkit.quant import dequantize_groups, group_qparams, pack_bits, quantize_g
 @pytest.fixture(scope="module")
 def tiny():
     model, tokenizer = lk.load_model("tiny", device="cpu")
-    return model, lk.windows(tokenizer, "calibration", 8, 128)
+    return model, lk.windows(tokenizer, "reference-fit", 8, 128)
 
 
 # Sensitivity

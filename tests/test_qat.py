@@ -124,7 +124,7 @@ def test_converted_equals_simulated_and_loads_from_its_file(
         for layer in layers:
             layer.weight += 0.01 * torch.randn_like(layer.weight)
             layer.scale *= 0.973
-    ids = lk.windows(tiny[1], "eval", 2, 64)
+    ids = lk.windows(tiny[1], "reference-judge", 2, 64)
     simulated = model(ids).logits
     qat.convert(model)
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
@@ -154,7 +154,7 @@ def test_grids_of_chapter_2_are_where_training_begins(tiny):
     from labkit.ptq import calibrate, quantize_block
 
     model = copy.deepcopy(tiny[0])
-    ids = lk.windows(tiny[1], "calibration", 2, 64)
+    ids = lk.windows(tiny[1], "reference-fit", 2, 64)
     grids = [quantize_block(b, inputs, 64, 3, clipping=True) for b, inputs in calibrate(model, ids)]
     before = model(ids).logits
     qat.prepare(model, 3, 64, grids=grids)

@@ -68,11 +68,13 @@ def _doctor(chosen: argparse.Namespace) -> int:
 
 
 def _fetch(chosen: argparse.Namespace) -> int:
-    from labkit import models
+    from labkit import models, texts
 
-    folder = models.fetch_smollm2()
-    nbytes = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"SmolLM2 is ready: {folder} ({nbytes / 1e6:.0f} MB)")
+    for thing in (models.SMOLLM2, texts.GENSIM):
+        folder = thing.fetch()
+        nbytes = sum(path.stat().st_size for path in folder.iterdir())
+        title = thing.title[0].upper() + thing.title[1:]
+        print(f"{title}, ready: {folder} ({nbytes / 1e6:.0f} MB)")
     return 0
 
 

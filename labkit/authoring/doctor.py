@@ -87,17 +87,16 @@ def check_memory() -> Iterable[Finding]:
 
 def check_disk() -> Iterable[Finding]:
     """See whether the cache can take SmolLM2, if it does not hold it yet."""
-    from labkit import models
+    from labkit import downloads, models
 
-    cache = models.cache_folder()
+    cache, needed = downloads.cache_folder(), models.SMOLLM2.disk_needed
     existing = next(p for p in (cache.absolute(), *cache.absolute().parents) if p.exists())
     writable = existing.is_dir() and os.access(existing, os.W_OK)
     free = shutil.disk_usage(existing).free
     text = f"disk: {free / 1e9:.1f} GB free at the cache, {cache}"
-    if models.smollm2_folder().exists() or (writable and free >= models.DISK_NEEDED):
+    if models.SMOLLM2.folder.exists() or (writable and free >= needed):
         return [Finding("ok", text)]
-    space = f"{models.DISK_NEEDED / 1e9:.1f} GB free"
-    remedy = f"set LABKIT_CACHE to a folder of yours on a disk with {space}"
+    remedy = f"set LABKIT_CACHE to a folder of yours on a disk with {needed / 1e9:.1f} GB free"
     return [Finding("failed", text + ("" if writable else ": not writable"), remedy)]
 
 
@@ -117,17 +116,19 @@ def check_hardware() -> Iterable[Finding]:
         yield Finding("failed", f"INT8 engine: {error}", f"install torch for this CPU; {REINSTALL}")
 
 
-def check_smollm2() -> Iterable[Finding]:
-    """See whether SmolLM2 lies in the cache, whole."""
-    from labkit import models
+def check_fetched() -> Iterable[Finding]:
+    """See whether SmolLM2 and the texts lie in the cache, whole."""
+    from labkit import models, texts
 
-    status = models.smollm2_status(thorough=True)
-    if status == "ready":
-        return [Finding("ok", f"SmolLM2: ready in {models.smollm2_folder()}")]
-    if status == "missing":
-        return [Finding("warning", "SmolLM2: not in the cache", f"{FETCH} (93 MB, once)")]
-    remedy = f"{FETCH} (sets the damaged files aside and fetches them again)"
-    return [Finding("failed", f"SmolLM2: {status}", remedy)]
+    for thing in (models.SMOLLM2, texts.GENSIM):
+        status, size = thing.status(thorough=True), f"{thing.nbytes / 1e6:.0f} MB"
+        if status == "ready":
+            yield Finding("ok", f"{thing.title}: ready in {thing.folder}")
+        elif status == "missing":
+            yield Finding("warning", f"{thing.title}: not in the cache", f"{FETCH} ({size}, once)")
+        else:
+            remedy = f"{FETCH} (sets the damaged files aside and fetches them again)"
+            yield Finding("failed", f"{thing.title}: {status}", remedy)
 
 
 def check_quantize_and_run() -> Iterable[Finding]:
@@ -137,7 +138,7 @@ def check_quantize_and_run() -> Iterable[Finding]:
     from labkit import data, kernels, machine, measure, models
 
     model, tokenizer = models.load_model("tiny", "cpu")
-    ids = data.windows(tokenizer, "eval", 4, 256)
+    ids = data.windows(tokenizer, "reference-judge", 4, 256)
     reference = measure.perplexity(model, ids)
     torch.backends.quantized.engine = machine.quantized_engine()
     with warnings.catch_warnings():
@@ -164,6 +165,6 @@ CHECKS = (
     check_memory,
     check_disk,
     check_hardware,
-    check_smollm2,
+    check_fetched,
     check_quantize_and_run,
 )

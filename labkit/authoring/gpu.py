@@ -129,7 +129,7 @@ MODEL_DTYPES = {"FP32": torch.float32, "BF16": torch.bfloat16, "FP16": torch.flo
 def _speak(device: str, model_name: str, form: str) -> dict[str, float]:
     model, tokenizer = models.load_model(model_name, device="cpu")
     model = copy.deepcopy(model).to(device, MODEL_DTYPES[form])
-    ids = data.windows(tokenizer, "eval", 4, 512)
+    ids = data.windows(tokenizer, "reference-judge", 4, 512)
     prompt = ids[:1].to(device)
     read = measure.alternate({"it": lambda: model(prompt, use_cache=True)}, repeats=7, warmup=3)
     options = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id}

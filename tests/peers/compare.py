@@ -19,7 +19,7 @@ import labkit as lk
 from labkit.ptq import calibrate, quantize_block
 
 LENGTH = 512
-CALIBRATION = 32  # windows, as `export.py` writes for the other libraries
+CALIBRATION = 30  # windows, as `export.py` writes for the other libraries
 OURS = {
     "labkit-rtn": {},
     "labkit-awq": {"scaling": True, "clipping": True},
@@ -56,52 +56,59 @@ def quantize_ours(model, ids, group_size: int, options: dict) -> tuple:
     return quantized, facts | {"seconds": round(time.perf_counter() - start, 1)}
 
 
-def difference(score, reference) -> dict:
-    """Return a paired difference in nats a token."""
-    found = lk.paired_difference(score, reference)
-    return {"nats": round(found.nats, 4), "standard error": round(found.standard_error, 4)}
+def rounded(estimate) -> list[float]:
+    """Return a mean and half its 95 % interval, as they are written down."""
+    return [round(estimate.value, 4), round(estimate.margin, 4)]
 
 
 def score_everything(out: Path, n_windows: int, group_size: int) -> tuple:
     """Score labkit's methods and every result in a folder of that group size."""
     model, tokenizer = lk.load_model("smollm2", "cpu")
-    ids = lk.windows(tokenizer, "eval", n_windows, LENGTH)
-    scores, facts = {"float32": lk.perplexity(model, ids)}, {}
+    reference = lk.reference(model, tokenizer, n_windows, LENGTH)
+    scores, facts = {}, {}
     calibration = lk.windows(tokenizer, "calibration", CALIBRATION, LENGTH)
     for name, options in OURS.items():
         quantized, facts[name] = quantize_ours(model, calibration, group_size, options)
-        scores[name] = lk.perplexity(quantized, ids)
-        print(name, scores[name], flush=True)
+        scores[name] = lk.quality(quantized, reference)
+        print(name, scores[name], sep="\n", flush=True)
     for path in sorted(out.glob("*.safetensors")):
         found = json.loads(path.with_suffix(".json").read_text(encoding="utf8"))
         if found["group_size"] == group_size and not found["symmetric"]:
             put_weights(model, path)
-            scores[path.stem], facts[path.stem] = lk.perplexity(model, ids), found
-            print(path.stem, scores[path.stem], flush=True)
-    return scores, facts
+            scores[path.stem], facts[path.stem] = lk.quality(model, reference), found
+            print(path.stem, scores[path.stem], sep="\n", flush=True)
+    return reference, scores, facts
 
 
 def compare(out: Path, n_windows: int, group_size: int) -> dict:
     """Return the whole record."""
-    scores, facts = score_everything(out, n_windows, group_size)
-    reference, best = scores["float32"], scores[BEST]
+    reference, scores, facts = score_everything(out, n_windows, group_size)
     rows = [
         {
             "name": name,
-            "perplexity": round(scores[name].perplexity, 3),
-            "above float32": difference(scores[name], reference),
-            f"{BEST} minus this": difference(best, scores[name]),
+            "on": {
+                text: {
+                    "loss": rounded(on.loss),
+                    "kl": rounded(on.kl),
+                    "same token": rounded(on.same),
+                    f"{BEST} minus this": rounded(scores[BEST][text].loss - on.loss),
+                }
+                for text, on in scores[name].items()
+            },
         }
         | facts[name]
-        for name in sorted(facts, key=lambda name: scores[name].perplexity)
+        for name in sorted(
+            facts, key=lambda name: sum(on.loss.value for on in scores[name].values())
+        )
     ]
     return {
         "label": "measured once on the machine named in each record; not run by the tests",
         "model": "SmolLM2-135M-Instruct, 210 matrices inside the decoder blocks quantized",
-        "text": f"lk.windows(tokenizer, 'eval', {n_windows}, {LENGTH})",
+        "texts": f"{list(reference.ids)}, {n_windows} windows of {LENGTH} tokens of each",
+        "numbers": "nats a token above float32, and half the 95 % interval (Student's t)",
         "date": time.strftime("%Y-%m-%d"),
         "scored with": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "float32": {"perplexity": round(reference.perplexity, 3)},
+        "float32": {name: round(p.perplexity, 3) for name, p in reference.perplexity.items()},
         "records": rows,
     }
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import labkit as lk
 
-N_WINDOWS, LENGTH = 32, 512
+N_WINDOWS, LENGTH = 30, 512
 
 
 def export(folder: Path) -> None:

@@ -1,0 +1,197 @@
+"""How far a model is from a reference on several texts: loss, KL divergence, same next token."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from labkit.data import windows
+from labkit.measure import Perplexity, check_ids, perplexity, t_margin
+from labkit.texts import EVALUATION
+
+_CHUNK = 128  # tokens whose logits of two models are in memory at once
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A mean over windows and half the width of its 95 % interval (Student's t).
+
+    Attributes:
+        by_window: float64 `(n_windows,)`, what it is the mean of.
+    """
+
+    by_window: torch.Tensor = field(repr=False)
+
+    @property
+    def value(self) -> float:
+        return self.by_window.mean().item()
+
+    @property
+    def margin(self) -> float:
+        return t_margin(self.by_window)
+
+    @property
+    def sign(self) -> int:
+        """1 or −1 if the interval lies above or below 0, else 0."""
+        return 0 if abs(self.value) <= self.margin else (1 if self.value > 0 else -1)
+
+    def __str__(self) -> str:
+        return f"{self.value:+.3f} ± {self.margin:.3f}"
+
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        """Return the difference, paired by window."""
+        if self.by_window.shape != other.by_window.shape:
+            shapes = tuple(self.by_window.shape), tuple(other.by_window.shape)
+            raise ValueError(f"estimates must be over the same windows, not {shapes}")
+        return Estimate(self.by_window - other.by_window)
+
+
+@dataclass(frozen=True)
+class TextQuality:
+    """Distance of a model from its reference on one text.
+
+    Attributes:
+        loss: nats per token above the reference; below 0 the model predicts better.
+        kl: Kullback–Leibler divergence of the model from the reference, nats per token.
+        same: share of places where both hold the same token most likely.
+    """
+
+    loss: Estimate
+    kl: Estimate
+    same: Estimate
+
+
+class Quality(dict[str, TextQuality]):
+    """`TextQuality` by the name of the text; printed, a line for each text."""
+
+    def __str__(self) -> str:
+        lines = [f"{'':14}{'loss, nats':>18}{'KL, nats':>18}{'same token':>18}"]
+        for name, on in self.items():
+            same = f"{on.same.value:.1%} ± {on.same.margin:.1%}"
+            lines.append(f"{name:14}{on.loss!s:>18}{on.kl!s:>18}{same:>18}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What a model answers on the evaluation texts, kept so that it runs only once.
+
+    Attributes:
+        ids: int64 `(n_windows, length)` by the name of the text.
+        perplexity: the model's own, by text.
+        hidden: what its head reads, float32 `(n_windows, length, hidden)`, by text.
+        head: its head's weight, `(vocabulary, hidden)`, a copy.
+    """
+
+    ids: dict[str, torch.Tensor]
+    perplexity: dict[str, Perplexity]
+    hidden: dict[str, torch.Tensor] = field(repr=False)
+    head: torch.Tensor = field(repr=False)
+
+
+@torch.inference_mode()
+def reference(
+    model: nn.Module,
+    tokenizer,
+    n_windows: int = 8,
+    length: int = 256,
+    texts: Iterable[str] = EVALUATION,
+) -> Reference:
+    """Run a model on the evaluation texts, to compare others with it by `quality`.
+
+    Args:
+        model: a causal LM of transformers whose logits are `lm_head` of its last hidden states.
+        tokenizer: its tokenizer.
+        n_windows, length: how many windows of each text, of how many tokens.
+        texts: their names, see `labkit.texts.text`.
+
+    Raises:
+        TypeError: if the model's logits come from elsewhere.
+        ValueError: see `windows`; with fewer than 2 windows there is no interval.
+    """
+    if n_windows < 2:
+        raise ValueError(f"n_windows must be at least 2, for an interval, not {n_windows}")
+    ids = {name: windows(tokenizer, name, n_windows, length) for name in texts}
+    hidden = {name: _hidden(model, rows) for name, rows in ids.items()}
+    some = next(iter(ids))
+    logits = nn.functional.linear(hidden[some][:1], model.lm_head.weight)
+    if not torch.allclose(model(ids[some][:1]).logits, logits, rtol=1e-3, atol=1e-3):
+        raise TypeError(f"{type(model).__name__}: its logits are not those of its head alone")
+    scores = {name: perplexity(model, rows) for name, rows in ids.items()}
+    return Reference(ids, scores, hidden, model.lm_head.weight.detach().clone())
+
+
+def _hidden(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return torch.cat([model.model(row).last_hidden_state.float() for row in ids.split(1)])
+
+
+def quality(model: nn.Module, reference: Reference) -> Quality:
+    """Compare a model with a reference on the texts that the reference holds.
+
+    Args:
+        model: called as `model(ids)`; returns logits `(1, length, vocabulary)`, bare or as
+            `.logits`. Put into eval mode for the call.
+        reference: from `reference`, with the same tokenizer.
+
+    Raises:
+        TypeError, ValueError: if the model cannot take the ids, see `measure.check_ids`.
+    """
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        return Quality({name: _on_text(model, reference, name) for name in reference.ids})
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+@torch.inference_mode()
+def _on_text(model: nn.Module, reference: Reference, name: str) -> TextQuality:
+    ids = reference.ids[name]
+    check_ids(model, ids, 1)
+    rows = []
+    for window, hidden in zip(ids, reference.hidden[name], strict=True):
+        output = model(window[None])
+        logits = getattr(output, "logits", output)[0, :-1]
+        parts = (x.split(_CHUNK) for x in (logits, hidden[:-1], window[1:]))
+        found = [_compare(*part, reference.head) for part in zip(*parts, strict=True)]
+        rows.append(torch.cat(found, dim=1).mean(1))
+    nats, kl, same = torch.stack(rows, dim=1)
+    return TextQuality(
+        Estimate(nats - reference.perplexity[name].window_nats), Estimate(kl), Estimate(same)
+    )
+
+
+def _compare(logits, hidden, targets, head) -> torch.Tensor:
+    # For each token, float64: its nats, the divergence, and 1 where the most likely one is the same.
+    log_q = logits.float().log_softmax(-1)
+    log_p = nn.functional.linear(hidden, head).log_softmax(-1)
+    nats = nn.functional.nll_loss(log_q, targets, reduction="none")
+    same = log_q.argmax(-1) == log_p.argmax(-1)
+    kl = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    return torch.stack([nats.double(), kl.double(), same.double()])
+
+
+def verdict(one: Quality, other: Quality, by: str = "loss") -> str:
+    """Say whether the first of two models is better, on every text.
+
+    Args:
+        one, other: from `quality` with the same reference.
+        by: `"loss"`, `"kl"` or `"same"`.
+
+    Returns:
+        `"better"` or `"worse"` if it is so on each text beyond its interval; `"tie"` if it is on
+        none; else `"depends on the text"`.
+
+    Raises:
+        ValueError: if `by` is something else, or the texts or their windows differ.
+    """
+    if by not in ("loss", "kl", "same"):
+        raise ValueError(f'by must be "loss", "kl" or "same", not {by!r}')
+    if list(one) != list(other):
+        raise ValueError(f"one and other must be on the same texts, not {[*one]} and {[*other]}")
+    better = 1 if by == "same" else -1
+    signs = {better * (getattr(one[t], by) - getattr(other[t], by)).sign for t in one}
+    names = {1: "better", -1: "worse", 0: "tie"}
+    return names[signs.pop()] if len(signs) == 1 else "depends on the text"

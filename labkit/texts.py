@@ -1,0 +1,164 @@
+"""Texts of several kinds that share no document: some to calibrate on, others to judge on."""
+
+import ast
+import bz2
+import functools
+import html
+import re
+import zipfile
+from pathlib import Path
+
+from labkit.downloads import Download
+
+EVALUATION = ("news", "docs")
+CALIBRATION = ("encyclopedia", "code", "self-written")
+RUN = 1500  # characters of one document before the next takes its turn
+SHORTEST = 40  # characters: shorter paragraphs ("Parameters") are everywhere and prove nothing
+SELF_WRITTEN = Path(__file__).parent / "self_written.txt"
+_DATA = "gensim/test/test_data/"
+_NEWS = f"{_DATA}lee_background.cor"
+_WIKI = f"{_DATA}enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+# What each text must hash to: with another text, numbers could not be compared.
+SHA256 = {
+    "news": "c0b1b65e0a2801ce273d8a0fa983f99987f3f982bfd16b6d7f3f86994275765f",
+    "docs": "56932b48ddbfddc132a47def00e941dbec28b69c2bc89539bcaefed311919bb5",
+    "encyclopedia": "d4f06b353ecaca8da00890f2f41a41a13cf268cebed59dc09fea10da6436ec1c",
+    "code": "474af836a18b89f9332ce7ac87dde9d8a8c39bbd1dfb77363b1c1663f059f0f7",
+    "self-written": "7fbff773893c33886a67cd5e5736f2ef74b3065751dfe11500d0f9510bd7649c",
+}
+
+
+def text(name: str) -> str:
+    """Return a text, the same on every machine and Python version.
+
+    Args:
+        name: to judge on, `"news"` (300 short articles, 360,000 characters) or `"docs"` (the
+            docstrings of the library gensim, 590,000). To calibrate on, `"encyclopedia"` (87
+            articles, 2.3 million), `"code"` (Python, gensim's tests, 670,000) or `"self-written"`
+            (what SmolLM2 wrote itself, see `labkit.authoring.self_written`; 90,000).
+
+    Raises:
+        ValueError: if there is no such text.
+        Unavailable: if it must be fetched (28 MB, once) and cannot be; see `Download.fetch`.
+    """
+    if name not in SHA256:
+        known = ", ".join(map(repr, SHA256))
+        raise ValueError(f"name must be one of {known} (see also labkit.data.text), not {name!r}")
+    path = SELF_WRITTEN if name == "self-written" else GENSIM.fetch() / f"{name}.txt"
+    return path.read_bytes().decode("utf8")  # as it is, on Windows too
+
+
+@functools.cache
+def judged_paragraphs() -> dict[str, str]:
+    """Return the paragraphs of all evaluation texts, and which text each is from."""
+    return {p: name for name in EVALUATION for p in paragraphs(text(name))}
+
+
+def paragraphs(some: str) -> list[str]:
+    """Return the paragraphs of a text that are long enough to tell where they are from."""
+    return [p.strip() for p in some.split("\n\n") if len(p.strip()) >= SHORTEST]
+
+
+def refuse_judged(some: str) -> None:
+    """Refuse a text for calibration that shares a paragraph with a text for evaluation.
+
+    Raises:
+        ValueError: if it does; names the evaluation text and the paragraph.
+    """
+    judged = judged_paragraphs()
+    shared = next((p for p in paragraphs(some) if p in judged), None)
+    if shared is not None:
+        raise ValueError(
+            f"text shares a paragraph with the evaluation text {judged[shared]!r}: "
+            f"{shared[:60]!r}… What was fitted must be judged on other text; leave it out"
+        )
+
+
+# How the texts are made
+
+
+def _make(wheel: Path, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".py"))
+        sources = {name: archive.read(name).decode("utf8").replace("\r\n", "\n") for name in names}
+        dump = bz2.decompress(archive.read(_WIKI)).decode("utf8")
+        news = archive.read(_NEWS).decode("utf8").splitlines()
+    tests = [name for name in names if name.startswith("gensim/test/")]
+    pages = [_plain(page) for page in re.findall(r"<text[^>]*>(.*?)</text>", dump, re.DOTALL)]
+    documents = {
+        "news": [[line.strip()] for line in news],
+        "encyclopedia": [page for page in pages if sum(map(len, page)) > 2000],
+        "docs": _docstrings([sources[name] for name in names if name not in tests]),
+        "code": [sources[name].strip().split("\n\n") for name in tests],
+    }
+    folder.mkdir()
+    for name, of_kind in documents.items():
+        path = folder / f"{name}.txt"
+        path.write_bytes(_in_turn(of_kind).encode("utf8"))
+        GENSIM.check(path, SHA256[name])
+
+
+def _in_turn(documents: list[list[str]]) -> str:
+    # A run of paragraphs of each document, then the next of each: a short cut holds many documents.
+    rounds: dict[int, list[str]] = {}
+    for document in documents:
+        size = number = 0
+        for paragraph in document:
+            rounds.setdefault(number, []).append(paragraph)
+            size += len(paragraph)
+            if size > RUN:
+                size, number = 0, number + 1
+    return "\n\n".join(paragraph for number in sorted(rounds) for paragraph in rounds[number])
+
+
+def _docstrings(sources: list[str]) -> list[list[str]]:
+    # The paragraphs of each file's docstrings; those seen before, and short docstrings, left out.
+    seen, files = set(), []
+    for source in sources:
+        kept = []
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                doc = ast.get_docstring(node) or ""
+                fresh = [p for p in doc.split("\n\n") if p.strip() and p not in seen]
+                seen.update(fresh)
+                kept += fresh if sum(map(len, fresh)) > 200 else []
+        files.append(kept)
+    return files
+
+
+def _plain(page: str) -> list[str]:
+    # The paragraphs of an article; tables, lists, notes and markup are left out.
+    page = html.unescape(page)
+    page = re.sub(r"<!--.*?-->|<ref[^>/]*/>|<ref.*?</ref>|\{\|.*?\|\}", "", page, flags=re.DOTALL)
+    for _ in range(6):  # from the inside out
+        page = re.sub(r"\{\{[^{}]*\}\}", "", page)
+    page = re.sub(r"\[\[(?:File|Image):(?:[^\[\]]|\[\[[^\[\]]*\]\])*\]\]", "", page)
+    page = re.sub(r"\[\[(?:[^|\]]*\|)?([^\]]*)\]\]", r"\1", page)
+    page = re.sub(r"\[https?://\S+ ?([^\]]*)\]", r"\1", page)
+    page = re.sub(r"<[^>]+>|'{2,}", "", page)
+    lines = (line.strip() for line in page.split("\n"))
+    return [line for line in lines if _is_prose(line)]
+
+
+def _is_prose(line: str) -> bool:
+    return len(line) > 200 and line[0] not in "*#|=:;{}!" and line[-1] in '."?”' and "|" not in line
+
+
+GENSIM = Download(
+    title="the texts",
+    name="texts",
+    # Any build carries the same texts; this one is named so that all get the same file.
+    requirement="gensim==4.4.0",
+    sha256="91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+    nbytes=27_809_988,
+    make=_make,
+    disk_needed=100_000_000,
+    options=(
+        "--only-binary=:all:",
+        "--python-version=3.11",
+        "--implementation=cp",
+        "--abi=cp311",
+        "--platform=manylinux_2_24_x86_64",
+        "--platform=manylinux_2_28_x86_64",
+    ),
+)

@@ -1,0 +1,107 @@
+"""The W8A8 engine against 64-bit integers, with the engine asked and with the lowest bit apart."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from labkit.int8 import Int8Linear, with_int8_linears
+from labkit.quant import choose_qparams
+
+
+def exactly(layer, linear, x):
+    """What the layer should return, by 64-bit integers and float64 scales."""
+    scale, zero = choose_qparams(x.flatten(0, -2), layer.bits, dim=-1 if layer.per_token else None)
+    rows = (x.flatten(0, -2) / scale).round() + zero
+    rows = rows.clamp(0, 2**layer.bits - 1).long() - zero.long()
+    sums = (rows.numpy() @ layer.codes.long().numpy().T) * scale.double().numpy()
+    out = torch.from_numpy(sums) * layer.scale.double()
+    out = out if linear.bias is None else out + linear.bias.double()
+    return out.unflatten(0, x.shape[:-1])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("shape", [(1, 576), (3, 40, 576), (2, 1536)])
+def test_it_computes_what_integers_say(shape, per_token, bits, apart):
+    torch.manual_seed(0)
+    linear = nn.Linear(shape[-1], 96, bias=shape[0] > 1)
+    x = torch.randn(shape) * torch.rand(*shape[:-1], 1) * 5 + 0.5
+    layer = Int8Linear(linear, per_token, bits)
+    layer._pack()
+    layer._exact = layer._exact and not apart
+    found, wanted = layer(x), exactly(layer, linear, x)
+    assert found.dtype == torch.float32
+    assert (found - wanted).abs().max() < 1e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_it_is_exact_where_16_bit_sums_overflow(apart):
+    linear = nn.Linear(512, 8, bias=False)
+    linear.weight.data.fill_(1.0)
+    layer = Int8Linear(linear)
+    layer._pack()
+    layer._exact = layer._exact and not apart
+    assert torch.allclose(layer(torch.ones(4, 512)), torch.full((4, 8), 512.0), rtol=1e-6)
+
+
+def test_tokens_with_their_own_scale_do_not_feel_one_another():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(64, 64), torch.randn(5, 64)
+    loud = torch.cat([x, 1000 * torch.randn(1, 64)])
+    per_token, per_tensor = Int8Linear(linear, per_token=True), Int8Linear(linear)
+    assert torch.equal(per_token(loud)[:5], per_token(x))
+    assert (per_tensor(loud)[:5] - linear(x)).abs().max() > 1
+
+
+def test_zeros_constants_and_negatives_pass():
+    linear = nn.Linear(32, 4, bias=False)
+    layer = Int8Linear(linear, per_token=True)
+    assert torch.equal(layer(torch.zeros(2, 32)), torch.zeros(2, 4))
+    x = torch.stack([torch.full((32,), 3.0), torch.full((32,), -3.0)])
+    assert (layer(x) - linear(x)).abs().max() < 0.02 * linear(x).abs().max() + 1e-3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_no_scale_can_hold_is_refused(bad):
+    x = torch.ones(2, 32)
+    x[1, 3] = bad
+    for per_token in (False, True):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            Int8Linear(nn.Linear(32, 4), per_token)(x)
+
+
+def test_bits_are_seven_or_eight():
+    with pytest.raises(ValueError, match="bits must be 7 or 8, not 4"):
+        Int8Linear(nn.Linear(32, 4), bits=4)
+
+
+def test_copies_and_pickles_work():
+    layer = Int8Linear(nn.Linear(32, 4))
+    x = torch.randn(3, 32)
+    wanted = layer(x)
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(again(x), wanted)
+
+
+def test_a_loaded_state_is_used():
+    one, other = Int8Linear(nn.Linear(32, 4)), Int8Linear(nn.Linear(32, 4))
+    x = torch.randn(3, 32)
+    one(x), other(x)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other(x), one(x))
+
+
+def test_all_linear_layers_but_the_head_are_replaced():
+    import labkit as lk
+
+    model, _ = lk.load_model("tiny", device="cpu")
+    head = model.lm_head
+    with_int8_linears(model, per_token=True)
+    assert model.lm_head is head
+    kinds = [type(module) for module in model.modules() if isinstance(module, nn.Linear)]
+    assert kinds == [nn.Linear]
+    assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 7 * len(model.model.layers)
