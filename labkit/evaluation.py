@@ -164,7 +164,7 @@ def _on_text(model: nn.Module, reference: Reference, name: str) -> TextQuality:
 
 
 def _compare(logits, hidden, targets, head) -> torch.Tensor:
-    # For each token, float64: its nats, the divergence, and 1 where the most likely one is the same.
+    # By token, float64: its nats, the divergence, and 1 where both hold the same token most likely.
     log_q = logits.float().log_softmax(-1)
     log_p = nn.functional.linear(hidden, head).log_softmax(-1)
     nats = nn.functional.nll_loss(log_q, targets, reduction="none")

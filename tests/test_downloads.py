@@ -22,7 +22,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Give a thing to fetch whose download and making, which take long, are small; and its calls."""
+    """Give a thing to fetch, whose download and making are small here, and its calls."""
     calls = []
 
     def make(wheel, folder):

@@ -43,7 +43,7 @@ def test_three_numbers_are_what_the_formulas_say(tiny, reference):
     found = lk.quality(other, reference)
     for name, ids in reference.ids.items():
         with torch.no_grad():
-            p, r = (net(ids).logits[:, :-1].double() for net in tiny[:1] + (other,))
+            p, r = (net(ids).logits[:, :-1].double() for net in (tiny[0], other))
         categorical = [torch.distributions.Categorical(logits=x) for x in (p, r)]
         kl = torch.distributions.kl_divergence(*categorical).mean(1)
         nats = [-c.log_prob(ids[:, 1:]).mean(1) for c in categorical]

@@ -1,4 +1,4 @@
-"""How `labkit/self_written.txt` came about: `python -m labkit.authoring.self_written` does it again.
+"""How `labkit/self_written.txt` was made: `python -m labkit.authoring.self_written` does it again.
 
 SmolLM2 in FP32 writes, sampled at temperature 1 with nothing cut off, from each of three of its
 special tokens. Another machine rounds otherwise and so gets another text of the same kind.

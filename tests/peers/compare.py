@@ -61,6 +61,11 @@ def rounded(estimate) -> list[float]:
     return [round(estimate.value, 4), round(estimate.margin, 4)]
 
 
+def mean_loss(quality) -> float:
+    """Return the mean loss over all texts."""
+    return sum(on.loss.value for on in quality.values()) / len(quality)
+
+
 def score_everything(out: Path, n_windows: int, group_size: int) -> tuple:
     """Score labkit's methods and every result in a folder of that group size."""
     model, tokenizer = lk.load_model("smollm2", "cpu")
@@ -97,9 +102,7 @@ def compare(out: Path, n_windows: int, group_size: int) -> dict:
             },
         }
         | facts[name]
-        for name in sorted(
-            facts, key=lambda name: sum(on.loss.value for on in scores[name].values())
-        )
+        for name in sorted(facts, key=lambda name: mean_loss(scores[name]))
     ]
     return {
         "label": "measured once on the machine named in each record; not run by the tests",
