@@ -8,6 +8,7 @@ this here, and on a CPU that is not here.
 """
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -112,6 +113,22 @@ def packed(bits: int) -> Callable:
     return product
 
 
+def int8_linear(engine: str, per_token: bool) -> Callable:
+    """Our W8A8 layer on an engine of torch, which it asks whether all 8 bits fit."""
+
+    def product(x, w):
+        from torch import nn
+
+        from labkit.int8 import Int8Linear
+
+        os.environ["LABKIT_ENGINE"] = engine
+        layer = Int8Linear(nn.Linear(INPUTS, OUTPUTS, bias=False), per_token)
+        layer.codes, layer.scale = torch.from_numpy(w).to(torch.int8), torch.ones(OUTPUTS)
+        return layer(torch.from_numpy(x).float()).detach().numpy()
+
+    return product
+
+
 def library_products() -> dict[str, float]:
     """Return the error of each product of torch and ONNX Runtime."""
     found = {"_int_mm": error(int_mm, cases(8, signed=True))}
@@ -121,6 +138,9 @@ def library_products() -> dict[str, float]:
         found[f"{engine}, 8 bits"] = error(torch_dynamic(engine, False), cases(8))
         found[f"{engine}, static, 7 bits"] = error(torch_static(engine), cases(7))
         found[f"{engine}, probe"] = float(machine.exact_at_8_bits(engine))
+        for per_token in (False, True):
+            name = f"{engine}, Int8Linear, {'token' if per_token else 'tensor'}"
+            found[name] = error(int8_linear(engine, per_token), cases(8))
     found["ONNX Runtime, 7 bits"] = error(onnx_runtime, cases(7))
     found["ONNX Runtime, 8 bits"] = error(onnx_runtime, cases(8))
     return found

@@ -22,8 +22,9 @@ ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", 
 SETTINGS = {
     "as it is": {},
     "one thread": ONE_THREAD,
-    # FBGEMM and ONNX Runtime ask the CPU themselves: no variable reaches them.
+    # ONNX Runtime asks the CPU itself: no variable reaches it.
     "AVX2": {
+        "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
         "ATEN_CPU_CAPABILITY": "avx2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
