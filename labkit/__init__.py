@@ -11,7 +11,7 @@ for _name in ("torchao", "torch.utils._pytree"):
 
 _NAMES = {
     "models": ("load_model", "generate"),
-    "data": ("text", "windows", "digits", "docstrings"),
+    "data": ("text", "windows", "own_windows", "digits", "docstrings"),
     "measure": ("perplexity", "paired_difference", "alternate", "once", "ratio"),
     "evaluation": ("reference", "quality", "verdict"),
     "ledger": ("save_weights", "load_weights", "byte_ledger"),

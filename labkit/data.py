@@ -120,21 +120,46 @@ def windows(tokenizer, name: str, n_windows: int, length: int) -> torch.Tensor:
         ValueError: if a count is below 1, there is no such text, or it is too short.
         Unavailable: if a text must be fetched and cannot be, see `labkit.texts.text`.
     """
-    for argument, value in (("n_windows", n_windows), ("length", length)):
-        if value < 1:
-            raise ValueError(f"{argument} must be at least 1, not {value}")
     if name == "calibration":
+        _check_counts(n_windows, length)
         kinds = texts.CALIBRATION
         of_each = [windows(tokenizer, kind, -(-n_windows // len(kinds)), length) for kind in kinds]
         return torch.stack(of_each, dim=1).flatten(0, 1)[:n_windows]
+    return _cut(tokenizer, text(name), n_windows, length, repr(name))
+
+
+def own_windows(tokenizer, some: str, n_windows: int, length: int) -> torch.Tensor:
+    """Cut windows from a text of your own, to calibrate or to train on.
+
+    Args:
+        some: the text, its paragraphs separated by empty lines.
+        tokenizer, n_windows, length: see `windows`.
+
+    Returns:
+        int64 tensor `(n_windows, length)`.
+
+    Raises:
+        ValueError: see `windows`; and if a paragraph is in a text that models are judged on.
+    """
+    texts.refuse_judged(some)
+    return _cut(tokenizer, some, n_windows, length, "of your own")
+
+
+def _cut(tokenizer, some: str, n_windows: int, length: int, title: str) -> torch.Tensor:
+    _check_counts(n_windows, length)
     # A token covers a character or more, so 12 characters a token are plenty and spare the rest.
     needed = n_windows * length
-    some = text(name)[: 12 * needed]
-    ids = tokenizer(some, verbose=False, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(some[: 12 * needed], verbose=False, add_special_tokens=False)["input_ids"]
     if len(ids) < needed:
         wanted = f"n_windows × length = {needed} tokens"
-        raise ValueError(f"{wanted}, but the text {name!r} has only {len(ids)}")
+        raise ValueError(f"{wanted}, but the text {title} has only {len(ids)}")
     return torch.tensor(ids[:needed]).view(n_windows, length)
+
+
+def _check_counts(n_windows: int, length: int) -> None:
+    for name, value in (("n_windows", n_windows), ("length", length)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
 
 
 def digits(size: int = 28) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

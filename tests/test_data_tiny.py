@@ -60,6 +60,16 @@ def test_bad_windows_are_refused(arguments, message):
         lk.windows(tokenizer, *arguments)
 
 
+def test_own_text_is_cut_alike_and_refused_where_it_is_judged():
+    _, tokenizer = lk.load_model("tiny")
+    rows = lk.own_windows(tokenizer, lk.text("encyclopedia"), 3, 64)
+    assert torch.equal(rows, lk.windows(tokenizer, "encyclopedia", 3, 64))
+    with pytest.raises(ValueError, match="shares a paragraph with the evaluation text 'docs'"):
+        lk.own_windows(tokenizer, lk.text("code") + "\n\n" + lk.text("docs")[5000:9000], 1, 8)
+    with pytest.raises(ValueError, match="the text of your own has only"):
+        lk.own_windows(tokenizer, "Too short.", 3, 64)
+
+
 def test_an_unknown_package_is_named():
     with pytest.raises(ValueError, match="no_such_package"):
         data.docstrings(["no_such_package"])
