@@ -46,6 +46,7 @@ def as_text(tokenizer, ids: torch.Tensor) -> str:
 
 
 def main() -> None:
+    """Write the file that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=SELF_WRITTEN, help="the file to write")
     model, tokenizer = models.load_model("smollm2", device="cpu")
