@@ -44,6 +44,24 @@ class Inputs:
         hessian = self.hessian / factor / factor[:, None]
         return Inputs(self.mean / factor, self.peak / factor, hessian)
 
+    def shrunk(self, share: float) -> "Inputs":
+        """Return the statistics with what inputs have in common shrunk: trusted less.
+
+        Args:
+            share: of each entry of the Hessian off its diagonal, 0 to 1; that much is taken away.
+                1 leaves a diagonal, with which GPTQ is rounding to nearest.
+
+        Raises:
+            ValueError: if `share` is not from 0 to 1.
+
+        Source: Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance
+        matrices", 2004; here towards the diagonal.
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"share must be from 0 to 1, not {share}")
+        diagonal = torch.diag(self.hessian.diagonal())
+        return Inputs(self.mean, self.peak, self.hessian.lerp(diagonal, share))
+
 
 @torch.no_grad()
 def calibrate(
@@ -214,6 +232,7 @@ def quantize_block(
     scaling: bool = False,
     clipping: bool = False,
     compensation: bool = False,
+    shrink: float = 0.0,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Quantize the linear layers of a block. With no method switched on: round to nearest.
 
@@ -225,9 +244,14 @@ def quantize_block(
         scaling: AWQ's factors first, where a producer can take them.
         clipping: search the range of each group, weighted by activation power.
         compensation: GPTQ instead of rounding.
+        shrink: how much of the correlations between inputs GPTQ is not to trust, 0 to 1; see
+            `Inputs.shrunk`.
 
     Returns:
         Scale and zero point by the layer's name in the block, for `PackedLinear`.
+
+    Raises:
+        ValueError: if `shrink` is out of range.
     """
     inputs = dict(inputs)
     for name in PRODUCERS if scaling else ():
@@ -239,7 +263,8 @@ def quantize_block(
     grids = {}
     for name, layers in LINEARS.items():
         weights = [block.get_submodule(layer).weight for layer in layers]
-        rows, hessian = [len(weight) for weight in weights], inputs[name].hessian
+        rows = [len(weight) for weight in weights]
+        hessian = inputs[name].shrunk(shrink).hessian if shrink else inputs[name].hessian
         # Rows are independent: those of all layers that read this input go through together.
         stacked, size = torch.cat(weights), group_size or len(hessian)
         power = hessian.diagonal() if clipping else None

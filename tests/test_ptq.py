@@ -233,6 +233,37 @@ def test_compensation_and_clipping_lower_the_output_error(tiny, model, ids, grou
     assert errors["compensation"] < 0.8 * errors["rounding"]
 
 
+def test_trust_in_correlations_goes_from_gptq_to_rounding(tiny, ids):
+    """With a diagonal Hessian no input can make good another's error: GPTQ rounds to nearest."""
+    blocks = {}
+    for name, options in {
+        "rounded": {},
+        "diagonal": {"compensation": True, "shrink": 1.0},
+        "half": {"compensation": True, "shrink": 0.5},
+        "whole": {"compensation": True},
+    }.items():
+        net = copy.deepcopy(tiny[0])
+        block, inputs = next(ptq.calibrate(net, ids))
+        old = block.mlp.up_proj.weight.detach().clone()
+        ptq.quantize_block(block, inputs, 64, 3, **options)
+        new = block.mlp.up_proj.weight.detach()
+        blocks[name] = new, ptq.output_error(new - old, inputs["mlp"].hessian)
+    assert torch.equal(blocks["rounded"][0], blocks["diagonal"][0])
+    assert blocks["whole"][1] < blocks["half"][1] < blocks["diagonal"][1]
+
+
+def test_shrinking_keeps_the_diagonal_and_refuses_other_shares(model, ids):
+    _, inputs = next(ptq.calibrate(model, ids))
+    some = inputs["mlp"]
+    half = some.shrunk(0.25)
+    torch.testing.assert_close(half.hessian.diagonal(), some.hessian.diagonal())
+    torch.testing.assert_close(half.hessian[0, 1:], 0.75 * some.hessian[0, 1:])
+    assert half.mean is some.mean
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="share must be from 0 to 1"):
+            some.shrunk(share)
+
+
 def test_rounding_by_blocks_is_rounding_each_weight(tiny, model, ids):
     for block, inputs in ptq.calibrate(model, ids):
         ptq.quantize_block(block, inputs, 80, 3, symmetric=True)
