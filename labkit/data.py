@@ -131,12 +131,7 @@ def windows(tokenizer, name: str, n_windows: int, length: int) -> torch.Tensor:
 def own_windows(tokenizer, some: str, n_windows: int, length: int) -> torch.Tensor:
     """Cut windows from a text of your own, to calibrate or to train on.
 
-    Args:
-        some: the text, its paragraphs separated by empty lines.
-        tokenizer, n_windows, length: see `windows`.
-
-    Returns:
-        int64 tensor `(n_windows, length)`.
+    Args, return: as of `windows`; `some` is the text, its paragraphs apart by empty lines.
 
     Raises:
         ValueError: see `windows`; and if a paragraph is in a text that models are judged on.

@@ -127,15 +127,12 @@ def _hidden(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def quality(model: nn.Module, reference: Reference) -> Quality:
-    """Compare a model with a reference on the texts that the reference holds.
+    """Compare a model with a reference on the texts that the reference holds, in eval mode.
 
     Args:
         model: called as `model(ids)`; returns logits `(1, length, vocabulary)`, bare or as
-            `.logits`. Put into eval mode for the call.
+            `.logits`. For errors see `measure.check_ids`.
         reference: from `reference`, with the same tokenizer.
-
-    Raises:
-        TypeError, ValueError: if the model cannot take the ids, see `measure.check_ids`.
     """
     in_training = [module for module in model.modules() if module.training]
     model.eval()
@@ -183,9 +180,6 @@ def verdict(one: Quality, other: Quality, by: str = "loss") -> str:
     Returns:
         `"better"` or `"worse"` if it is so on each text beyond its interval; `"tie"` if it is on
         none; else `"depends on the text"`.
-
-    Raises:
-        ValueError: if `by` is something else, or the texts or their windows differ.
     """
     if by not in ("loss", "kl", "same"):
         raise ValueError(f'by must be "loss", "kl" or "same", not {by!r}')

@@ -111,11 +111,7 @@ class Int8Linear(nn.Module):
 def with_int8_linears(model: nn.Module, per_token: bool = False, bits: int = 8) -> nn.Module:
     """Make the linear layers in the blocks of a Llama-type model `Int8Linear`, in place.
 
-    The head stays in float: it is tied to the embedding.
-
-    Args:
-        model: a causal LM of transformers.
-        per_token, bits: see `Int8Linear`.
+    The head stays in float: it is tied to the embedding. For `per_token` and `bits` see there.
     """
     for block in model.model.layers:
         for name, layer in list(block.named_modules()):
