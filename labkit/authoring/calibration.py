@@ -1,0 +1,117 @@
+"""Calibration text × method, on texts that nothing was fitted to: the record of chapter 2.
+
+`python -m labkit.authoring.calibration --text calibration --method all` appends one line to
+`notebooks/records/02_calibration.jsonl`; without options every pair that is not there yet is run,
+which takes hours.
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from labkit import data, evaluation, machine, models, ptq, texts
+
+RECORD = Path(__file__).parents[2] / "notebooks" / "records" / "02_calibration.jsonl"
+METHODS = {
+    "rounding": {},
+    "clipping": {"clipping": True},
+    "AWQ": {"scaling": True},
+    "AWQ and clipping": {"scaling": True, "clipping": True},
+    "GPTQ": {"compensation": True},
+    "all": {"scaling": True, "clipping": True, "compensation": True},
+}
+# One document, as the first edition had; each kind alone; all kinds in turn.
+TEXTS = ("reference-fit", *texts.CALIBRATION, "calibration")
+
+
+def measure(model, reference, ids: torch.Tensor | None, method: str, **grid) -> dict:
+    """Quantize a copy of a model; return seconds, and loss, KL and agreement by text.
+
+    Args:
+        model: a Llama-type causal LM.
+        reference: what it is held against, see `evaluation.reference`.
+        ids: calibration windows, int64 `(n_windows, length)`; None for rounding.
+        method: a key of `METHODS`.
+        grid: `group_size` and `bits`; for GPTQ also `shrink`, see `ptq.quantize_block`.
+    """
+    quantized, start = copy.deepcopy(model), time.perf_counter()
+    if method == "rounding":
+        ids = next(iter(reference.ids.values()))[:1]  # statistics that nothing uses
+    for block, inputs in ptq.calibrate(quantized, ids):
+        ptq.quantize_block(block, inputs, **grid, **METHODS[method])
+    seconds = time.perf_counter() - start
+    found = {}
+    for name, on in evaluation.quality(quantized, reference).items():
+        estimates = {"loss": on.loss, "kl": on.kl, "same": on.same}
+        found[name] = {k: [_short(e.value), _short(e.margin)] for k, e in estimates.items()}
+    return {"seconds": round(seconds, 1), "on": found}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def run(
+    name: str,
+    chosen: Sequence[tuple[str, str]],
+    record: Path = RECORD,
+    n_windows: int = 200,
+    length: int = 128,
+    judged: tuple[int, int] = (16, 256),
+    **grid,
+) -> None:
+    """Measure pairs of calibration text and method that a record does not hold yet, and append.
+
+    Args:
+        name: of the model, see `models.load_model`.
+        chosen: pairs of a text (`data.windows` takes it) and a key of `METHODS`.
+        record: one JSON line a pair.
+        n_windows, length: of the calibration text.
+        judged: how many windows of each evaluation text, of how many tokens.
+        grid: `group_size` and `bits`, see `measure`.
+    """
+    model, tokenizer = models.load_model(name, device="cpu")
+    reference = evaluation.reference(model, tokenizer, *judged)
+    lines = record.read_text(encoding="utf8").splitlines() if record.exists() else []
+    done = [json.loads(line)["task"] for line in lines]
+    for text, method in chosen:
+        task = {"model": name, "text": text, "method": method, **grid}
+        task |= {"n_windows": n_windows, "length": length, "judged": list(judged)}
+        if method == "rounding":
+            task |= {"text": None, "n_windows": 0, "length": 0}
+        if task in done:
+            continue
+        ids = None if task["text"] is None else data.windows(tokenizer, text, n_windows, length)
+        where = f"{machine.hardware()['cpu']}, torch {torch.__version__}"
+        entry = {"task": task, "where": where, "threads": torch.get_num_threads()}
+        entry |= measure(model, reference, ids, method, **grid)
+        with record.open("a", encoding="utf8") as file:
+            file.write(json.dumps(entry) + "\n")
+        done.append(task)
+        print(json.dumps(entry), flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", choices=TEXTS, help="default: all of them")
+    parser.add_argument("--method", choices=METHODS, help="default: all of them")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--windows", type=int, default=200, help="of 128 tokens")
+    parser.add_argument("--record", type=Path, default=RECORD)
+    asked = parser.parse_args(arguments)
+    kinds = [asked.text] if asked.text else TEXTS
+    methods = [asked.method] if asked.method else METHODS
+    pairs = [(text, method) for text in kinds for method in methods]
+    grid = {"group_size": asked.group_size, "bits": asked.bits}
+    run("smollm2", pairs, asked.record, n_windows=asked.windows, **grid)
+
+
+if __name__ == "__main__":
+    main()
