@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from labkit.data import windows
-from labkit.measure import Perplexity, check_ids, perplexity, t_margin
+from labkit.measure import Perplexity, check_ids, summarize, t_margin
 from labkit.texts import EVALUATION
 
 _CHUNK = 128  # tokens whose logits of two models are in memory at once
@@ -118,12 +118,21 @@ def reference(
     logits = nn.functional.linear(hidden[some][:1], model.lm_head.weight)
     if not torch.allclose(model(ids[some][:1]).logits, logits, rtol=1e-3, atol=1e-3):
         raise TypeError(f"{type(model).__name__}: its logits are not those of its head alone")
-    scores = {name: perplexity(model, rows) for name, rows in ids.items()}
-    return Reference(ids, scores, hidden, model.lm_head.weight.detach().clone())
+    head = model.lm_head.weight.detach().clone()
+    scores = {name: _score(hidden[name], rows, head) for name, rows in ids.items()}
+    return Reference(ids, scores, hidden, head)
 
 
 def _hidden(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([model.model(row).last_hidden_state.float() for row in ids.split(1)])
+
+
+def _score(hidden: torch.Tensor, ids: torch.Tensor, head: torch.Tensor) -> Perplexity:
+    rows = []
+    for states, window in zip(hidden, ids, strict=True):
+        logits = nn.functional.linear(states[:-1], head)
+        rows.append(nn.functional.cross_entropy(logits, window[1:], reduction="none").double())
+    return summarize(torch.stack(rows))
 
 
 def quality(model: nn.Module, reference: Reference) -> Quality:

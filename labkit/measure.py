@@ -82,7 +82,11 @@ def perplexity(model: nn.Module, ids: torch.Tensor, batch_size: int = 1) -> Perp
     finally:
         for module in in_training:
             module.training = True
-    token_nats = torch.cat(rows)
+    return summarize(torch.cat(rows))
+
+
+def summarize(token_nats: torch.Tensor) -> Perplexity:
+    """Return the `Perplexity` of known nats, float64 `(n_windows, length - 1)`."""
     window_nats = token_nats.mean(1)
     nats, error = _mean_and_error(window_nats)
     return Perplexity(_exp(nats), nats, error, window_nats, token_nats)

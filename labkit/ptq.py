@@ -48,14 +48,10 @@ class Inputs:
         """Return the statistics with what inputs have in common shrunk: trusted less.
 
         Args:
-            share: of each entry of the Hessian off its diagonal, 0 to 1; that much is taken away.
+            share: of each entry of the Hessian off its diagonal, 0 to 1, else ValueError; it goes.
                 1 leaves a diagonal, with which GPTQ is rounding to nearest.
 
-        Raises:
-            ValueError: if `share` is not from 0 to 1.
-
-        Source: Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance
-        matrices", 2004; here towards the diagonal.
+        Source: after Ledoit and Wolf, "Honey, I Shrunk the Sample Covariance Matrix", 2004.
         """
         if not 0 <= share <= 1:
             raise ValueError(f"share must be from 0 to 1, not {share}")
@@ -249,9 +245,6 @@ def quantize_block(
 
     Returns:
         Scale and zero point by the layer's name in the block, for `PackedLinear`.
-
-    Raises:
-        ValueError: if `shrink` is out of range.
     """
     inputs = dict(inputs)
     for name in PRODUCERS if scaling else ():

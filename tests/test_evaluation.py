@@ -38,6 +38,13 @@ def test_a_model_is_no_distance_from_itself(tiny, reference):
         assert on.same.value == 1
 
 
+def test_the_reference_scores_as_perplexity_does(tiny, reference):
+    for name, ids in reference.ids.items():
+        wanted, found = lk.perplexity(tiny[0], ids), reference.perplexity[name]
+        torch.testing.assert_close(found.token_nats, wanted.token_nats, rtol=1e-4, atol=1e-5)
+        assert found.perplexity == pytest.approx(wanted.perplexity, rel=1e-4)
+
+
 def test_three_numbers_are_what_the_formulas_say(tiny, reference):
     other = noisy(tiny[0], 0.3)
     found = lk.quality(other, reference)
