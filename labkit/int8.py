@@ -57,8 +57,9 @@ class Int8Linear(nn.Module):
         super()._load_from_state_dict(*arguments)
         self._packed = None  # of the codes that were there before
 
+    @torch.no_grad()  # integers pass no gradient
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `x · weightᵀ + bias`, float32 `(..., out)`, of an input `(..., in)`."""
+        """Return `x · weightᵀ + bias`, `(..., out)`, of an input `(..., in)`, in its dtype."""
         rows = x.flatten(0, -2).float()
         low, high = rows.aminmax(dim=1, keepdim=True) if self.per_token else rows.aminmax()
         low, high, most = low.clamp(max=0), high.clamp(min=0), 2**self.bits - 1
@@ -67,16 +68,16 @@ class Int8Linear(nn.Module):
             raise ValueError("x holds NaN or infinite values; look at the layer before this one")
         zero = (low / scale).round_().neg_()  # `quant.choose_qparams`, without its checks
         half = 2 ** (self.bits - 1)
-        codes = torch.empty(len(rows) + 1, rows.shape[1])  # a row more, see _engine
-        torch.div(rows, scale, out=codes[:-1]).round_().add_(zero - half).clamp_(-half, half - 1)
+        codes = torch.empty(len(rows) + 2, rows.shape[1])  # two rows more, see _engine
+        torch.div(rows, scale, out=codes[:-2]).round_().add_(zero - half).clamp_(-half, half - 1)
         sums = self._product(codes)
         sums.addcmul_(zero - half, self._weight_sums, value=-1)
         out = sums.mul_(scale).mul_(self.scale)
         out = out if self.bias is None else out.add_(self.bias)
-        return out.unflatten(0, x.shape[:-1])
+        return out.unflatten(0, x.shape[:-1]).to(x.dtype)
 
     def _product(self, codes: torch.Tensor) -> torch.Tensor:
-        # codes · codes of the weightᵀ; codes from -64 to 63 or from -128 to 127, last row free
+        # codes · codes of the weightᵀ; codes from -64 to 63 or from -128 to 127, two rows free
         if self._packed is None:
             self._pack()
         if self.bits == 7 or self._exact:
@@ -87,10 +88,10 @@ class Int8Linear(nn.Module):
         return sums.add_(self._weight_sums, alpha=64)
 
     def _engine(self, codes: torch.Tensor, bits: int) -> torch.Tensor:
-        # torch finds a scale for what it gets. A last row with both ends of the range makes it 1.
-        codes[-1].fill_(-(2 ** (bits - 1)))
-        codes[-1, 0] = 2 ** (bits - 1) - 1
-        return torch.ops.quantized.linear_dynamic(codes, self._packed, bits == 7)[:-1]
+        # torch finds a scale for what it gets: both ends of the range, in two rows, make it 1.
+        codes[-2].fill_(-(2 ** (bits - 1)))
+        codes[-1].fill_(2 ** (bits - 1) - 1)
+        return torch.ops.quantized.linear_dynamic(codes, self._packed, bits == 7)[:-2]
 
     def _pack(self) -> None:
         before, engine = torch.backends.quantized.engine, machine.quantized_engine()

@@ -57,6 +57,21 @@ def test_tokens_with_their_own_scale_do_not_feel_one_another():
     assert (per_tensor(loud)[:5] - linear(x)).abs().max() > 1
 
 
+def test_one_input_works_and_no_gradient_is_asked_for():
+    linear = nn.Linear(1, 4)
+    x = torch.tensor([[0.5], [-2.0], [0.0]], requires_grad=True)
+    found = Int8Linear(linear)(x)
+    assert not found.requires_grad
+    assert (found - linear(x)).abs().max() < 0.02
+
+
+def test_the_dtype_of_the_input_comes_back():
+    x = torch.randn(3, 32)
+    layer = Int8Linear(nn.Linear(32, 4))
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    assert (layer(x.bfloat16()).float() - layer(x)).abs().max() < 0.05
+
+
 def test_zeros_constants_and_negatives_pass():
     linear = nn.Linear(32, 4, bias=False)
     layer = Int8Linear(linear, per_token=True)
