@@ -10,9 +10,7 @@ from labkit import machine
 from labkit.quant import choose_qparams, quantize
 
 
-@functools.cache
-def _exact(engine: str) -> bool:
-    return machine.exact_at_8_bits(engine)
+_exact = functools.cache(machine.exact_at_8_bits)
 
 
 class Int8Linear(nn.Module):
@@ -110,10 +108,7 @@ class Int8Linear(nn.Module):
 
 
 def with_int8_linears(model: nn.Module, per_token: bool = False, bits: int = 8) -> nn.Module:
-    """Make the linear layers in the blocks of a Llama-type model `Int8Linear`, in place.
-
-    The head stays in float: it is tied to the embedding. For `per_token` and `bits` see there.
-    """
+    """Make the linear layers in a Llama-type model's blocks `Int8Linear`, in place; not the head."""
     for block in model.model.layers:
         for name, layer in list(block.named_modules()):
             if isinstance(layer, nn.Linear):

@@ -56,7 +56,7 @@ def text(name: str) -> str:
 
 @functools.cache
 def judged_paragraphs() -> dict[str, str]:
-    """Return the paragraphs of all evaluation texts, and which text each is from."""
+    """Return the paragraphs of all evaluation texts, each with the name of its text."""
     return {p: name for name in EVALUATION for p in paragraphs(text(name))}
 
 
