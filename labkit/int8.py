@@ -9,7 +9,6 @@ from torch import nn
 from labkit import machine
 from labkit.quant import choose_qparams, quantize
 
-
 _exact = functools.cache(machine.exact_at_8_bits)
 
 
@@ -108,7 +107,7 @@ class Int8Linear(nn.Module):
 
 
 def with_int8_linears(model: nn.Module, per_token: bool = False, bits: int = 8) -> nn.Module:
-    """Make the linear layers in a Llama-type model's blocks `Int8Linear`, in place; not the head."""
+    """Make the linear layers in the blocks of a Llama-type model `Int8Linear`, in place."""
     for block in model.model.layers:
         for name, layer in list(block.named_modules()):
             if isinstance(layer, nn.Linear):
