@@ -1,4 +1,4 @@
-"""W8A8 with all eight bits of the activations, on integer kernels, exact on every CPU."""
+"""W8A8 with all eight bits of the activations, exact also where torch's own kernels overflow."""
 
 import functools
 import warnings
