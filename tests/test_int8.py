@@ -70,7 +70,9 @@ def test_what_is_taken_off_leaves_sums_of_neighbors_that_fit_and_is_little():
         Int8Linear(_normal(576, 64)).codes,
     ):
         rest = int8._too_much(codes)
-        left = nn.functional.pad((codes - rest).int(), (0, codes.shape[1] % 2)).unflatten(1, (-1, 2))
+        left = nn.functional.pad((codes - rest).int(), (0, codes.shape[1] % 2)).unflatten(
+            1, (-1, 2)
+        )
         assert torch.equal(codes - rest + rest, codes)
         assert (codes.int() - rest).abs().max() <= 128
         for sign in (-1, 1):
