@@ -51,19 +51,7 @@ def tune(
     check_ids(model, ids, batch_size)
     if len(ids) < batch_size:
         raise ValueError(f"ids must hold at least batch_size={batch_size} windows, not {len(ids)}")
-    weights = {
-        name: parameter.detach()
-        for name, parameter in model.model.named_parameters(prefix="model")
-        if name.endswith("norm.weight")
-    }
-    gains = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    for number, grid in enumerate(grids):
-        for name, (scale, _) in grid.items():
-            full = f"model.layers.{number}.{name}.weight"
-            weights[full] = model.get_parameter(full).detach()
-            gains[full] = torch.zeros_like(scale)
-    for gain in gains.values():
-        gain.requires_grad_()
+    weights, gains = _beginning(model, grids)
 
     def loss_of(step: int) -> torch.Tensor:
         tuned = {n: _times(weights[n], 1 + gain, group_size) for n, gain in gains.items()}
@@ -79,6 +67,21 @@ def tune(
         return [
             _rescaled(model, n, grid, gains, group_size) for n, grid in enumerate(grids)
         ], losses
+
+
+def _beginning(model: nn.Module, grids: Grids) -> tuple[dict, dict]:
+    # By name: what is to change, and by what share it has changed, a norm's or a group's: 0.
+    norms = [name for name, _ in model.named_parameters() if name.endswith("norm.weight")]
+    weights = {name: model.get_parameter(name).detach() for name in norms}
+    gains = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for number, grid in enumerate(grids):
+        for layer, (scale, _) in grid.items():
+            name = f"model.layers.{number}.{layer}.weight"
+            weights[name] = model.get_parameter(name).detach()
+            gains[name] = torch.zeros_like(scale)
+    for gain in gains.values():
+        gain.requires_grad_()
+    return weights, gains
 
 
 def _times(weight: torch.Tensor, factor: torch.Tensor, group_size: int) -> torch.Tensor:
