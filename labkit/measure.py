@@ -38,16 +38,23 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Difference:
-    """`other − reference` in nats a token, paired by window; `ratio` is the perplexity ratio."""
+    """`other − reference` in nats a token, paired by window.
+
+    Attributes:
+        standard_error: of `nats`, over windows.
+        margin: half the width of the 95 % interval of `nats`, by Student's t for the windows.
+        ratio: of the perplexities.
+    """
 
     nats: float
     standard_error: float
+    margin: float
     ratio: float
 
     @property
     def verdict(self) -> str:
-        """`"tie"` within two standard errors, else `"worse"` or `"better"` (fewer nats)."""
-        if abs(self.nats) <= 2 * self.standard_error:
+        """`"tie"` if 0 is in the interval, else `"worse"` or `"better"` (fewer nats)."""
+        if abs(self.nats) <= self.margin:
             return "tie"
         return "better" if self.nats < 0 else "worse"  # NaN, a broken model, is worse
 
@@ -157,8 +164,9 @@ def paired_difference(other: Perplexity, reference: Perplexity) -> Difference:
         raise ValueError("other and reference need at least 2 windows for an error bar, not 1")
     if not torch.isfinite(reference.window_nats).all():
         raise ValueError("reference holds NaN or infinity; compare with a model that works")
-    nats, error = _mean_and_error(other.window_nats - reference.window_nats)
-    return Difference(nats, error, _exp(nats))
+    differences = other.window_nats - reference.window_nats
+    nats, error = _mean_and_error(differences)
+    return Difference(nats, error, t_margin(differences), _exp(nats))
 
 
 @dataclass(frozen=True)
