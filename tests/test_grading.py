@@ -253,6 +253,11 @@ def test_what_cannot_be_graded_is_named_and_stops_nobody(course, name):
         assert not (course / folder / f"0-{name}" / CHAPTER).exists()
 
 
+def test_the_guide_counts_them():
+    guide = (learner.NOTEBOOKS / "TEACHING.md").read_text(encoding="utf8")
+    assert f"five learners and {len(UNSOUND)} spoiled files" in " ".join(guide.split())
+
+
 def test_a_mended_submission_is_graded(course):
     path = course / "submitted" / "0-twice" / CHAPTER / f"{CHAPTER}.ipynb"
     notebook = nbformat.read(path, as_version=4)

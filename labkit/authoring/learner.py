@@ -134,12 +134,12 @@ def store(folder: Path, files: dict[str, bytes], **about) -> list[str]:
     """
     if folder.resolve() in (NOTEBOOKS, NOTEBOOKS.parent):
         raise ReleaseError(f"{folder} is the workbook's own folder; name a new one")
-    released, kept = manifest_of(folder).get("files", {}), []
+    before, kept = manifest_of(folder).get("files", {}), []
     for name, content in files.items():
         path = folder / name
         if path.exists():
             now = digest(path.read_bytes()) if path.is_file() else None
-            if now not in (digest(content), released.get(name)):
+            if now not in (digest(content), before.get(name)):
                 kept.append(name)
                 continue
         notebooks.write_whole(path, content)
