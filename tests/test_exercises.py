@@ -23,6 +23,8 @@ from labkit.authoring.exercise_cells import (
     folds_of,
     solution_of,
 )
+from labkit.authoring.learner import full_name
+from labkit.authoring.notebooks import NAMES
 from labkit.exercises import Exercise, registry, verdict
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -265,7 +267,7 @@ def cells_of(exercise: Exercise) -> Cells:
 
 @functools.cache
 def chapter_exercises(chapter: str) -> dict[str, Cells]:
-    (path,) = NOTEBOOKS.glob(f"{int(chapter):02d}_*.ipynb")
+    path = NOTEBOOKS / full_name(f"{int(chapter):02d}")
     return exercises_of(nbformat.read(path, as_version=4))
 
 
@@ -296,7 +298,7 @@ def test_each_exercise_has_a_file_named_for_it():
 
 
 def test_every_notebook_has_checks():
-    assert {f"{int(path.name[:2])}" for path in NOTEBOOKS.glob("[0-9]*.ipynb")} == set(CHAPTERS)
+    assert {f"{int(name[:2])}" for name in NAMES} == set(CHAPTERS)
 
 
 @each_exercise

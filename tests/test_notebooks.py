@@ -9,7 +9,7 @@ from notebook_rules import LABKIT, ROOT, code_cells, problems_of, tags, unpinned
 
 from labkit.authoring import notebooks
 
-PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PATHS = notebooks.chapters_in(ROOT / "notebooks")
 MAX_NBYTES = 2_500_000
 
 
