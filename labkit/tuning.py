@@ -54,9 +54,14 @@ def tune(
     weights, gains = _beginning(model, grids)
 
     def loss_of(step: int) -> torch.Tensor:
-        tuned = {n: _times(weights[n], 1 + gain, group_size) for n, gain in gains.items()}
-        batch = ids[step * batch_size : (step + 1) * batch_size]
-        return _divergence(model, tuned, teacher, batch)
+        # A few windows at a time, whose gradients add up: all at once would take their memory.
+        loss = torch.zeros(())
+        for part in ids[step * batch_size : (step + 1) * batch_size].split(2):
+            tuned = {n: _times(weights[n], 1 + gain, group_size) for n, gain in gains.items()}
+            some = _divergence(model, tuned, teacher, part) * (len(part) / batch_size)
+            some.backward()
+            loss += some.detach()
+        return loss.requires_grad_()  # `train` goes back from here, and finds nothing more
 
     optimizer = torch.optim.Adam(gains.values(), lr=rate)
     losses = train(loss_of, optimizer, len(ids) // batch_size, progress=progress)
