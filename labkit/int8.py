@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from labkit import machine
+from labkit.blocks import LAYERS, blocks_of, linear_layers
 from labkit.quant import choose_qparams, quantize
 
 _exact = functools.cache(machine.exact_at_8_bits)
@@ -138,9 +139,17 @@ def _too_much(codes: torch.Tensor) -> torch.Tensor:
 
 
 def with_int8_linears(model: nn.Module, per_token: bool = False, bits: int = 8) -> nn.Module:
-    """Make the linear layers in the blocks of a Llama-type model `Int8Linear`, in place."""
-    for block in model.model.layers:
-        for name, layer in list(block.named_modules()):
-            if isinstance(layer, nn.Linear):
-                block.set_submodule(name, Int8Linear(layer, per_token, bits))
+    """Make the linear layers in the blocks of a Llama-type model `Int8Linear`, in place.
+
+    Raises:
+        TypeError: if the model is of another type, or its layers are no plain `nn.Linear`.
+        ValueError: see `Int8Linear`. The model is then unchanged.
+    """
+    layers = [
+        (block, name, Int8Linear(linear, per_token, bits))
+        for block in blocks_of(model)
+        for name, linear in zip(LAYERS, linear_layers(block, LAYERS), strict=True)
+    ]
+    for block, name, layer in layers:
+        block.set_submodule(name, layer)
     return model

@@ -1,8 +1,9 @@
 """Quality with error bars, and time with its spread."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,15 +82,21 @@ def perplexity(model: nn.Module, ids: torch.Tensor, batch_size: int = 1) -> Perp
     """
     check_ids(model, ids, batch_size)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    with evaluating(model), torch.inference_mode():
+        rows = [_token_nats(model, part.to(device)) for part in ids.split(batch_size)]
+    return summarize(torch.cat(rows))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode; then each of its modules is back in the mode that it had."""
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode():
-            rows = [_token_nats(model, part.to(device)) for part in ids.split(batch_size)]
+        yield
     finally:
         for module in in_training:
             module.training = True
-    return summarize(torch.cat(rows))
 
 
 def summarize(token_nats: torch.Tensor) -> Perplexity:
