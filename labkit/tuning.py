@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from labkit.blocks import LAYERS, blocks_of
 from labkit.measure import check_ids
-from labkit.ptq import LINEARS
 from labkit.qat import train
 from labkit.quant import to_fp16, to_groups
 
@@ -42,13 +42,18 @@ def tune(
         token.
 
     Raises:
-        TypeError, ValueError: if `ids` is not as above or holds less than one batch.
+        TypeError: if the model is not of Llama type.
+        TypeError, ValueError: if `ids` is not as above or holds less than one batch, or a block has
+            no grid.
         TrainingStopped: if a loss is NaN or infinite; the model is then as it was.
 
     Source: the second phase of EfficientQAT (Chen et al., arXiv 2407.11062), with the divergence
     from the teacher as the loss, and norms as well (Li et al., "Norm Tweaking", arXiv 2309.02784).
     """
     check_ids(model, ids, batch_size)
+    if len(blocks_of(model)) != len(grids):
+        came = f"{len(grids)} grids for {len(blocks_of(model))} blocks"
+        raise ValueError(f"grids must be one for each block of the model, not {came}")
     if len(ids) < batch_size:
         raise ValueError(f"ids must hold at least batch_size={batch_size} windows, not {len(ids)}")
     weights, gains = _beginning(model, grids)
@@ -107,7 +112,7 @@ def _divergence(model, tuned, teacher, batch: torch.Tensor) -> torch.Tensor:
 def _rescaled(model, number: int, grid: dict, gains: dict, group_size: int) -> dict:
     # The grid of a block after training; its weights follow, codes times the new scales.
     new = {}
-    for name in sum(LINEARS.values(), ()):
+    for name in LAYERS:
         full, (scale, zero_point) = f"model.layers.{number}.{name}.weight", grid[name]
         new[name] = to_fp16(scale * (1 + gains[full])), zero_point
         weight = model.get_parameter(full)

@@ -27,8 +27,8 @@ TESTING = [r for r in EXTRAS if r.name != "labkit"]  # the test extra takes the 
 SOURCES = sorted(LABKIT.rglob("*.py"))
 APART = {"authoring", "exercises"}  # no notebook reads these, so they have no budget in common
 SMALL = [path for path in SOURCES if not APART & set(path.parts)]
-# The design says 4,000; the texts, the evaluation, the W8A8 layer and tuning came on top.
-MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 4500, 350, 40
+# The design says 4,000; texts, evaluation, W8A8, tuning, formats and refusals came on top.
+MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 5000, 350, 40
 
 # DESIGN section 2: a module imports from its own level or a lower one.
 LEVELS = (

@@ -95,3 +95,9 @@ def test_too_few_windows_are_refused(study):
     teacher, model, grids, windows, _ = study
     with pytest.raises(ValueError, match="at least batch_size=8 windows, not 3"):
         tune(model, grids, GROUP, teacher, windows[:3])
+
+
+def test_each_block_needs_its_grid(study):
+    teacher, model, grids, windows, _ = study
+    with pytest.raises(ValueError, match="one for each block of the model, not 3 grids for 4"):
+        tune(model, grids[:3], GROUP, teacher, windows)
