@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 
@@ -208,9 +209,7 @@ def git(folder, *arguments: str) -> None:
 
 
 def test_reset_in_the_clone_itself_asks_git(clone):
-    git(clone.parent, "init")
-    git(clone, "add", ".")
-    git(clone, "commit", "-m", "book")
+    commit(clone)
     (clone / NAMES[0]).write_text("mine", encoding="utf8")
     kept = learner.reset("01", clone)
     assert kept.read_text(encoding="utf8") == "mine"
@@ -221,3 +220,53 @@ def test_reset_without_git_loses_nothing(clone):
     with pytest.raises(learner.ReleaseError, match="clone the workbook again"):
         learner.reset("01", clone)
     assert (clone / NAMES[0]).read_text(encoding="utf8") == "as committed"
+
+
+def commit(clone) -> None:
+    git(clone.parent, "init")
+    git(clone, "add", ".")
+    git(clone, "commit", "-m", "book")
+
+
+def refused(clone) -> str:
+    with pytest.raises(learner.ReleaseError) as caught:
+        learner.reset("01", clone)
+    assert (clone / NAMES[0]).read_text(encoding="utf8") == "as committed"
+    return str(caught.value)
+
+
+def test_reset_says_that_git_is_missing(clone, monkeypatch, tmp_path):
+    commit(clone)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    message = refused(clone)
+    assert "git does not run" in message
+    assert "install it" in message
+    assert "clone the workbook" not in message
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="Windows has other owners")
+def test_reset_says_that_git_distrusts_the_owner(clone, monkeypatch):
+    commit(clone)
+    # Git's own switch for its tests: it takes the folder for another user's.
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    message = refused(clone)
+    assert f"git config --global --add safe.directory {clone.parent}" in message
+    assert "clone the workbook" not in message
+
+
+@pytest.mark.parametrize("state", ["empty", "without the chapter", "no repository"])
+def test_reset_asks_for_a_clone_where_git_has_no_chapter(clone, state):
+    if state != "no repository":
+        git(clone.parent, "init")
+    if state == "without the chapter":
+        git(clone, "commit", "--allow-empty", "-m", "nothing")
+    assert "clone the workbook again" in refused(clone)
+
+
+def test_reset_shows_what_else_git_says(clone):
+    commit(clone)
+    (clone.parent / ".git" / "config").write_text("[broken", encoding="utf8")
+    message = refused(clone)
+    assert "git failed: fatal: bad config" in message
+    assert "clone the workbook" not in message

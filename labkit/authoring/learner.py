@@ -4,6 +4,7 @@ import copy
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import time
@@ -180,13 +181,32 @@ def _fresh(chapter: Path, folder: Path) -> bytes:
         return notebooks.as_bytes(learner_copy(notebooks.read(chapter), hints))
     # The learner works in the workbook itself: only git still knows the chapter.
     command = ["git", "show", f"HEAD:./{chapter.name}"]
+    english = os.environ | {"LC_ALL": "C"}  # its messages are told apart below
     try:
-        return subprocess.run(command, cwd=folder, capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(command, cwd=folder, capture_output=True, check=True, env=english)
+    except (OSError, subprocess.CalledProcessError) as error:
         raise ReleaseError(
-            f"{folder} is the workbook itself, and git does not know {chapter.name}: clone the "
-            "workbook again, and work in copies made by: python -m labkit release DIR"
+            f"{folder} is the workbook itself, where git keeps {chapter.name}, but "
+            f"{_git_problem(error)}. Or work in copies made by: python -m labkit release DIR"
         ) from None
+    return done.stdout
+
+
+def _git_problem(error: OSError | subprocess.CalledProcessError) -> str:
+    """Say why git gave no chapter, and what to do."""
+    if isinstance(error, OSError):
+        return f"git does not run ({error.strerror}): install it, and see that it is on PATH"
+    said = error.stderr.decode(errors="replace").strip()
+    if trust := re.search(r"safe\.directory (.+)$", said, re.MULTILINE):
+        return (
+            f"git does not trust {trust[1]}, which another user owns: if you do, run: "
+            f"git config --global --add safe.directory {trust[1]}"
+        )
+    if "not a git repository" in said:
+        return "this is no clone, as after a download without git: clone the workbook again"
+    if re.search("not in 'HEAD'|does not exist in|invalid object name|unknown revision", said):
+        return "its last commit does not hold the chapter: clone the workbook again"
+    return f"git failed: {said.splitlines()[-1] if said else error}"
 
 
 def _free_name(path: Path) -> Path:
