@@ -228,6 +228,9 @@ def rescalable(
         check_linear(producer, f"{kind}: {PRODUCERS[name]}")
     elif not isinstance(getattr(producer, "weight", None), nn.Parameter):
         raise TypeError(f"{kind} has no {PRODUCERS[name]} with a weight")
+    owned = [id(weight) for _, weight in block.named_parameters(remove_duplicate=False)]
+    if any(owned.count(id(part.weight)) > 1 for part in (producer, *layers)):
+        raise TypeError(f"{kind}: {name} cannot be rescaled, for two layers share a weight")
     if type(block).forward is not nn.Module.forward:  # else it computes nothing itself
         _check_identity(block, name, layers, factor)
     return producer, layers
@@ -248,7 +251,8 @@ def _check_identity(block: nn.Module, name: str, layers: list[nn.Linear], factor
         raise TypeError(f"{kind} cannot be tried on a probe input: {error}") from error
     for layer in LINEARS[name]:
         seen[layer] = [x * strong for x in seen.get(layer, [])]
-    changed = [layer for layer in before.keys() | seen if not _near(before.get(layer), seen[layer])]
+    places = before.keys() | seen.keys()
+    changed = [place for place in places if not _near(before.get(place), seen.get(place))]
     if changed:
         readers = ", ".join(LINEARS[name])
         raise TypeError(
@@ -290,7 +294,8 @@ def _run(twin: nn.Module, seen: dict[str, list], weight: torch.Tensor, name: str
     size = weight.shape[0 if name == "down" else 1]
     hidden = torch.randn(1, 2, size, generator=torch.Generator().manual_seed(1)).to(weight)
     options = {"position_embeddings": turns, "position_ids": torch.arange(2)[None]}
-    seen["output"] = [twin(hidden, attention_mask=None, **options)]
+    output = twin(hidden, attention_mask=None, **options)
+    seen["output"] = [output if isinstance(output, torch.Tensor) else output[0]]
 
 
 def _divide(twin: nn.Module, given: dict[str, torch.Tensor], name: str, factor) -> None:

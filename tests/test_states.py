@@ -7,6 +7,7 @@ import torch
 from families import SUPPORTED, family, token_ids
 from torch import nn
 
+import labkit as lk
 from labkit import kernels, mixed, ptq, qat, quant
 from labkit.decoder import Decoder
 from labkit.int8 import Int8Linear, with_int8_linears
@@ -316,6 +317,16 @@ def test_a_checkpoint_holds_weights_that_are_views(tmp_path):
         optimizer = torch.optim.Adam(learning.parameters(), 0.01)
         qat.train(lambda step: learning(x).square().mean(), optimizer, n_steps, path)
     assert path.exists()
+
+
+def test_a_reference_is_made_without_dropout(model, tiny):
+    expected = lk.reference(model, tiny[1], 2, 32)
+    for module in model.train().modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    found = lk.reference(model, tiny[1], 2, 32)
+    assert model.training
+    assert all(torch.equal(found.hidden[name], expected.hidden[name]) for name in expected.ids)
 
 
 def test_a_decoder_reads_prompts_without_dropout():
