@@ -33,7 +33,7 @@ LEVELS = (
     {"downloads", "models", "texts", "data", "claims", "matvec", "python_version"},
     {"quant", "kernels"},
     {"plotting", "measure", "ledger", "machine"},
-    {"ptq", "int8", "evaluation"},
+    {"ptq", "int8", "evaluation", "microscaling"},
     {"qat", "mixed", "decoder"},
     {"formats", "exercises"},
     {"widgets"},

@@ -26,7 +26,7 @@ from labkit.plotting import png
 from labkit.widgets import bits_explorer
 
 FLOATS = [name for name, (dtype, *_) in FORMATS.items() if dtype]
-INTEGERS = [name for name, (dtype, *_) in FORMATS.items() if not dtype]
+INTEGERS = [name for name, (_, _, exponent, _) in FORMATS.items() if not exponent]
 
 
 def by_torch(pattern: int, name: str) -> float:
@@ -86,6 +86,21 @@ def test_typed_numbers_are_rounded_as_torch_rounds(name):
         value = draw.gauss(0, 1) * 10.0 ** draw.randint(-6, 6)
         expected = float(torch.tensor(value).to(FORMATS[name][0]).double())
         assert same(decode(format_bits(value, name), name), expected), value
+
+
+def test_fp4_has_sixteen_codes_and_rounds_to_the_nearest_ties_to_even():
+    values = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    for pattern, value in enumerate([*values, *(-x for x in values)]):
+        assert same(decode(f"{pattern:04b}", "FP4 E2M1"), value)
+        assert format_bits(math.copysign(value, pattern < 8 or -1), "FP4 E2M1") == (
+            f"{pattern >> 3} {pattern >> 1 & 3:02b} {pattern & 1}"
+        )
+    typed = [0.25, 0.75, 2.5, 5, 5.1, -2.6, 1e300, -7.0]
+    stored = [0, 1, 2, 4, 6, -3, 6, -6]
+    assert [decode(format_bits(x, "FP4 E2M1"), "FP4 E2M1") for x in typed] == stored
+    assert "out of range and is stored as 6." in bits_sentence(7.0, "FP4 E2M1")
+    with pytest.raises(ValueError, match="FP4 E2M1 has no code for nan"):
+        format_bits(math.nan, "FP4 E2M1")
 
 
 def test_single_precision_agrees_with_the_c_compiler():
