@@ -397,17 +397,17 @@ def test_sentence_of_the_grid_agrees_with_brute_force(chapter1, bits, symmetric,
     expected = bits + (16 if symmetric else 24) / size
     assert number(rf"{NUMBER} bits per weight", sentence) == pytest.approx(expected, abs=1e-3)
     assert number(rf"\({NUMBER} weights\)", sentence) == size
-    assert number(rf"of {NUMBER} levels used", sentence) == 2**bits - symmetric
+    assert number(rf"of {NUMBER} codes used", sentence) == 2**bits - symmetric
     top, bottom = figure.axes
-    marks = [x for (x, _), _ in top.collections[0].get_segments()]
-    assert min(map(abs, marks)) == 0, "zero must be a mark"
+    grid = [x for (x, _), _ in top.collections[0].get_segments()]
+    assert min(map(abs, grid)) == 0, "zero must be on the grid"
     weights, errors = bottom.lines[0].get_data()
     part = weight if size > 256 else weight[3, :size]
     assert weights == pytest.approx(part.flatten().numpy())
     back = torch.tensor(weights + errors).double()
-    nearest = (back[:, None] - torch.tensor(marks)).abs().amin(1)
+    nearest = (back[:, None] - torch.tensor(grid)).abs().amin(1)
     assert float(nearest.max()) < 1e-6
-    assert number(rf"{NUMBER} of \d+ levels", sentence) == len({round(float(x), 6) for x in back})
+    assert number(rf"{NUMBER} of \d+ codes", sentence) == len({round(float(x), 6) for x in back})
     plotting.png(figure)
 
 

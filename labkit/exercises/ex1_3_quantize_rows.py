@@ -22,8 +22,9 @@ def broken_quantize_rows(w, bits):
 def _check(function) -> None:
     random = torch.Generator().manual_seed(15)
     rows = [[-3.0, 0.9, 3.0]], [[5.0, 5.5, 6.0]], [[-6.0, -5.2, -5.0]], [[-1.0, 0.0, 2.6]]
-    rows += [[-1.0, 0.3], [-9.0, 30.0]], [[0.0, 0.0]]
-    cases = [(torch.tensor(row, dtype=torch.float32), bits) for row in rows for bits in (8, 4)]
+    rows = [(row, bits) for row in rows for bits in (8, 4)]
+    rows += ([[-1.0, 0.3], [-9.0, 30.0]], 8), ([[0.0, 0.0]], 8)
+    cases = [(torch.tensor(row, dtype=torch.float32), bits) for row, bits in rows]
     for bits, shape in ((8, (4, 33)), (4, (5, 16)), (3, (2, 7)), (2, (3, 9)), (8, (16, 256))):
         w = torch.randn(shape, generator=random, dtype=torch.float32)
         w *= torch.logspace(-2, 1, shape[0], dtype=torch.float32)[:, None]
