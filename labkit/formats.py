@@ -6,15 +6,18 @@ from decimal import Decimal
 
 import torch
 
+from labkit.microscaling import E2M1, fp4_codes, fp4_decode
 from labkit.plotting import COLORS, subplots
 
-# Format: (torch dtype, integer dtype of the same width, exponent bits, fraction bits).
+# Format: (torch dtype, integer dtype of the same width, exponent bits, fraction bits). torch has a
+# dtype for pairs of FP4 codes, and no arithmetic or conversion for it.
 FORMATS = {
     "FP32": (torch.float32, torch.int32, 8, 23),
     "FP16": (torch.float16, torch.int16, 5, 10),
     "BF16": (torch.bfloat16, torch.int16, 8, 7),
     "FP8 E4M3": (torch.float8_e4m3fn, torch.int8, 4, 3),
     "FP8 E5M2": (torch.float8_e5m2, torch.int8, 5, 2),
+    "FP4 E2M1": (None, None, 2, 1),
     "INT8": (None, None, 0, 7),
     "INT4": (None, None, 0, 3),
 }
@@ -35,23 +38,26 @@ def fields(number_format: str) -> dict[str, int]:
 def format_bits(value: float, number_format: str) -> str:
     """Return the bits that store a number: `"0 01011 1001100110"` for 0.1 in FP16.
 
-    Floating point: what torch's cast gives, by way of FP32. Integers: rounded (ties to even), cut
-    to the range, two's complement, scale 1.
+    Floating point: what torch's cast gives, by way of FP32; FP4, too, rounds ties to even and cuts
+    to its range. Integers: rounded (ties to even), cut to the range, two's complement, scale 1.
 
     Args:
-        value: any number; NaN and infinity for floating-point formats only.
+        value: any number; NaN and infinity only for formats of torch, which have such codes.
         number_format: a key of `FORMATS`.
 
     Raises:
-        ValueError: if the format is unknown, or an integer format is given NaN or infinity.
+        ValueError: if the format is unknown, or has no code for NaN or infinity and is given it.
     """
     fields(number_format)
-    dtype, carrier, _, fraction = FORMATS[number_format]
+    dtype, carrier, exponent, fraction = FORMATS[number_format]
     if dtype is not None:
         stored = torch.tensor(value, dtype=torch.float64).to(dtype)
         return _spell(int(stored.view(carrier)), number_format)
     if not math.isfinite(value):
         raise ValueError(f"{number_format} has no code for {value}; give a finite number")
+    if exponent:
+        within = min(max(value, -E2M1[2]), E2M1[2])
+        return _spell(int(fp4_codes(torch.tensor(within, dtype=torch.float32))), number_format)
     return _spell(min(max(round(value), -(2**fraction)), 2**fraction - 1), number_format)
 
 
@@ -70,8 +76,10 @@ def decode(bits: str, number_format: str) -> float:
     if len(digits) != width or set(digits) - {"0", "1"}:
         raise ValueError(f"bits: {number_format} takes {width} characters 0 or 1, not {bits!r}")
     value = int(digits, 2) - int(digits[0]) * 2**width  # two's complement
-    dtype, carrier, *_ = FORMATS[number_format]
-    return float(value if dtype is None else torch.tensor(value, dtype=carrier).view(dtype))
+    dtype, carrier, exponent, _ = FORMATS[number_format]
+    if dtype is None:
+        return float(fp4_decode(torch.tensor(int(digits, 2))) if exponent else value)
+    return float(torch.tensor(value, dtype=carrier).view(dtype))
 
 
 def resolve(value: float | str, number_format: str) -> tuple[float, str, float]:
@@ -184,7 +192,9 @@ def _spell(pattern: int, number_format: str) -> str:
 
 
 def _reach(number_format: str) -> tuple[float, float]:
-    dtype, _, _, fraction_bits = FORMATS[number_format]
+    dtype, _, exponent_bits, fraction_bits = FORMATS[number_format]
+    if dtype is None and exponent_bits:
+        return -E2M1[2], E2M1[2]
     if dtype is None:
         return -(2.0**fraction_bits), 2.0**fraction_bits - 1
     return torch.finfo(dtype).min, torch.finfo(dtype).max

@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import re
+import struct
 import textwrap
 from pathlib import Path
 
@@ -163,12 +164,12 @@ def bytes_as_float(rows, columns, bits, group_size):
     return rows * columns * bits / 8 + rows * columns / group_size * 3
 
 
-def repack_with_int(row):
-    blocks = row.reshape(-1, 32)
-    low, high = blocks.min(1).values, blocks.max(1).values
-    scale = (high - low) / 15
-    codes = ((blocks - low[:, None]) * (1 / (scale[:, None] + 1e-30))).int()
-    return (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8), scale, low
+def mxfp4_by_searchsorted(blocks):
+    exponent = torch.floor(torch.log2(blocks.abs().max(1).values)) - 2
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float32)
+    scaled = blocks / 2 ** exponent.clamp(min=-127)[:, None]
+    codes = torch.searchsorted(values, scaled.abs(), right=True) - 1 + 8 * (scaled < 0).int()
+    return (exponent.clamp(min=-127) + 127).byte(), (codes[:, ::2] + 16 * codes[:, 1::2]).byte()
 
 
 def rows_with_zero_only(w, bits):
@@ -188,13 +189,13 @@ def calibrate_overwriting(batches):
     ("id", "answer", "fragment"),
     [
         ("1.1", fp16_normal_only, "subnormals"),
-        ("1.1", lambda pattern: torch.tensor(1.0), "returns a float32 tensor of shape ()"),
+        ("1.1", lambda pattern: "1.0", "returns a str, expected a float"),
         ("1.1", lambda pattern: 2.0 ** (1024 * (pattern > 0x7BFF)), "OverflowError"),
         ("1.2", fake_quantize_with_max, "largest |x|"),
         ("1.2", lambda x, bits: x.double(), "expected a float32 tensor of shape (3,)"),
-        ("1.3", bytes_as_float, "divide with //"),
-        ("1.4", repack_with_int, "round it, do not cut it"),
-        ("1.5", rows_with_zero_only, "zero is in the range now"),
+        ("1.4", bytes_as_float, "divide with //"),
+        ("1.5", mxfp4_by_searchsorted, "take the nearest value"),
+        ("1.3", rows_with_zero_only, "zero is in the range now"),
         ("1.6", calibrate_overwriting, "overwrites"),
         ("1.6", lambda batches: (torch.tensor(1.0), 0), ".item()"),
     ],
@@ -203,6 +204,119 @@ def test_learner_written_mistakes_are_recognized(id, answer, fragment):
     found = verdict(id, answer)
     assert found.status == "wrong"
     assert fragment.lower() in found.message.lower()
+
+
+def with_part(id, place, change):
+    right = registry()[id].variants[0]
+
+    def answer(*arguments):
+        parts = right(*arguments)
+        if place is None:
+            return change(parts)
+        return tuple(change(part) if i == place else part for i, part in enumerate(parts))
+
+    return answer
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.int32])
+@pytest.mark.parametrize(
+    ("id", "place"), [("1.2", None), ("1.3", 0), ("1.3", 1), ("1.5", 0), ("1.5", 1)]
+)
+def test_a_right_value_in_another_dtype_hears_about_the_dtype(id, place, dtype):
+    found = verdict(id, with_part(id, place, lambda part: part.to(dtype)))
+    assert found.status == "wrong"
+    assert found.message.endswith("mind the dtype.")
+    assert f"{dtype}".removeprefix("torch.") in found.message
+
+
+@pytest.mark.parametrize(("place", "change"), [(0, torch.tensor), (1, float), (1, torch.tensor)])
+def test_a_right_number_of_another_type_hears_about_the_type(place, change):
+    found = verdict("1.6", with_part("1.6", place, change))
+    assert f"the {('scale', 'zero point')[place]} is" in found.message
+    assert "expected a" in found.message
+    assert not any(words in found.message for _, words in registry()["1.6"].wrong_answers)
+
+
+def fp16_by_struct(pattern):
+    return struct.unpack("<e", struct.pack("<H", pattern))[0]
+
+
+def fp16_imported(pattern):
+    import struct as reader
+
+    return reader.unpack("<e", pattern.to_bytes(2, "little"))[0]
+
+
+def fp16_by_view(pattern):
+    return torch.tensor(pattern - 65536 * (pattern >> 15)).short().view(torch.float16).item()
+
+
+def fp16_by_helper(pattern):
+    return fp16_by_view(pattern)
+
+
+def fp16_by_labkit(pattern):
+    return labkit.formats.decode(f"{pattern:016b}", "FP16")
+
+
+def fp16_inside(pattern):
+    return [(lambda p: float(np.uint16(p).view(np.float16)))(pattern)][0]
+
+
+def fp16_by_name(pattern):
+    return __import__("struct").unpack("<e", pattern.to_bytes(2, "little"))[0]
+
+
+def fp16_by_memory(pattern):
+    return memoryview(pattern.to_bytes(2, "little")).cast("e")[0]
+
+
+class Fp16Caller:
+    def __call__(self, pattern):
+        return fp16_by_struct(pattern)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        fp16_by_struct,
+        fp16_imported,
+        fp16_by_view,
+        fp16_by_helper,
+        fp16_by_labkit,
+        fp16_inside,
+        fp16_by_name,
+        fp16_by_memory,
+        Fp16Caller(),
+        functools.partial(fp16_by_struct),
+    ],
+    ids=name_of,
+)
+def test_a_library_that_reads_the_bits_is_refused(answer):
+    found = verdict("1.1", answer)
+    assert found.status == "wrong"
+    assert "read the bits, expected arithmetic on the three fields" in found.message
+
+
+def test_the_library_of_the_exercise_itself_is_refused_and_its_helpers_are_not():
+    def by_library(blocks):
+        packed, scale = labkit.microscaling.quantize_mxfp4(blocks)
+        return scale[:, 0], packed
+
+    assert "lets microscaling do the work" in verdict("1.5", by_library).message
+    chapter = {"torch": torch, "check_input": labkit.quant.check_input}
+    for name in ("round_to_float", "fp4_codes", "to_blocks", "shared_exponent"):
+        exec(textwrap.dedent(inspect.getsource(getattr(labkit.microscaling, name))), chapter)
+    chapter |= {"E2M1": labkit.microscaling.E2M1, "FP4_VALUES": labkit.microscaling.FP4_VALUES}
+    source = """
+        def pack_mxfp4(blocks):
+            blocks = to_blocks(blocks, 32)
+            exponent = shared_exponent(blocks, 2)
+            codes = fp4_codes(blocks / 2.0**exponent).flatten(-2)
+            return (exponent[:, 0, 0] + 127).byte(), codes[:, 0::2] | codes[:, 1::2] << 4
+    """
+    exec(textwrap.dedent(source), chapter)
+    assert verdict("1.5", chapter["pack_mxfp4"]).status == "correct"
 
 
 ODD = [None, True, math.nan, 2**80, 1j, "text", [], (1, 2), (None, None, None), object()]
@@ -237,8 +351,8 @@ def test_answer_that_raises(exercise, capsys):
     ("id", "spoil"),
     [
         ("1.2", lambda x: x.add_(1)),
-        ("1.4", lambda row: row.zero_()),
-        ("1.5", lambda w: w.transpose_(0, 1)),
+        ("1.3", lambda w: w.transpose_(0, 1)),
+        ("1.5", lambda blocks: blocks.zero_()),
         ("1.6", lambda batches: batches[0].abs_().add_(1)),
         ("1.6", lambda batches: batches.pop()),
     ],

@@ -36,7 +36,7 @@ LEVELS = (
     | {"arguments", "limits", "packing"},
     {"quant", "kernels"},
     {"plotting", "measure", "ledger", "machine"},
-    {"ptq", "int8", "evaluation"},
+    {"ptq", "int8", "evaluation", "microscaling"},
     {"qat", "mixed", "decoder", "tuning"},
     {"formats", "exercises"},
     {"widgets"},

@@ -403,7 +403,7 @@ def test_what_a_path_runs_needs_nothing_that_it_skips(title):
 
 
 def test_a_skipped_section_that_is_needed_is_found():
-    assert "dynamic" in unbound("01_basics.ipynb", ["7 · Where the bytes went"])
+    assert "dynamic" in unbound("01_basics.ipynb", ["8 · Where the bytes went"])
     needs = unbound("03_qat.ipynb", ["2 · Learned step sizes", "6 · The control"])
     assert {"train_text", "FakeQuantize"} <= needs, "inside functions too"
 

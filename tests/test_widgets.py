@@ -26,7 +26,7 @@ from labkit.plotting import png
 from labkit.widgets import bits_explorer
 
 FLOATS = [name for name, (dtype, *_) in FORMATS.items() if dtype]
-INTEGERS = [name for name, (dtype, *_) in FORMATS.items() if not dtype]
+INTEGERS = [name for name, (_, _, exponent, _) in FORMATS.items() if not exponent]
 
 
 def by_torch(pattern: int, name: str) -> float:
@@ -86,6 +86,21 @@ def test_typed_numbers_are_rounded_as_torch_rounds(name):
         value = draw.gauss(0, 1) * 10.0 ** draw.randint(-6, 6)
         expected = float(torch.tensor(value).to(FORMATS[name][0]).double())
         assert same(decode(format_bits(value, name), name), expected), value
+
+
+def test_fp4_has_sixteen_codes_and_rounds_to_the_nearest_ties_to_even():
+    values = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    for pattern, value in enumerate([*values, *(-x for x in values)]):
+        assert same(decode(f"{pattern:04b}", "FP4 E2M1"), value)
+        assert format_bits(math.copysign(value, pattern < 8 or -1), "FP4 E2M1") == (
+            f"{pattern >> 3} {pattern >> 1 & 3:02b} {pattern & 1}"
+        )
+    typed = [0.25, 0.75, 2.5, 5, 5.1, -2.6, 1e300, -7.0]
+    stored = [0, 1, 2, 4, 6, -3, 6, -6]
+    assert [decode(format_bits(x, "FP4 E2M1"), "FP4 E2M1") for x in typed] == stored
+    assert "out of range and is stored as 6." in bits_sentence(7.0, "FP4 E2M1")
+    with pytest.raises(ValueError, match="FP4 E2M1 has no code for nan"):
+        format_bits(math.nan, "FP4 E2M1")
 
 
 def test_single_precision_agrees_with_the_c_compiler():
@@ -382,17 +397,17 @@ def test_sentence_of_the_grid_agrees_with_brute_force(chapter1, bits, symmetric,
     expected = bits + (16 if symmetric else 24) / size
     assert number(rf"{NUMBER} bits per weight", sentence) == pytest.approx(expected, abs=1e-3)
     assert number(rf"\({NUMBER} weights\)", sentence) == size
-    assert number(rf"of {NUMBER} levels used", sentence) == 2**bits - symmetric
+    assert number(rf"of {NUMBER} codes used", sentence) == 2**bits - symmetric
     top, bottom = figure.axes
-    marks = [x for (x, _), _ in top.collections[0].get_segments()]
-    assert min(map(abs, marks)) == 0, "zero must be a mark"
+    grid = [x for (x, _), _ in top.collections[0].get_segments()]
+    assert min(map(abs, grid)) == 0, "zero must be on the grid"
     weights, errors = bottom.lines[0].get_data()
     part = weight if size > 256 else weight[3, :size]
     assert weights == pytest.approx(part.flatten().numpy())
     back = torch.tensor(weights + errors).double()
-    nearest = (back[:, None] - torch.tensor(marks)).abs().amin(1)
+    nearest = (back[:, None] - torch.tensor(grid)).abs().amin(1)
     assert float(nearest.max()) < 1e-6
-    assert number(rf"{NUMBER} of \d+ levels", sentence) == len({round(float(x), 6) for x in back})
+    assert number(rf"{NUMBER} of \d+ codes", sentence) == len({round(float(x), 6) for x in back})
     plotting.png(figure)
 
 

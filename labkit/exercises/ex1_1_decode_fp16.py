@@ -1,6 +1,7 @@
 """Exercise 1.1: `decode_fp16` reads sixteen bits as an FP16 number, field by field.
 
-The reference is Python's `struct`, on all 65,536 patterns.
+The reference is Python's `struct`, on all 65,536 patterns. Answers that let a library read the
+bits are refused.
 """
 
 import math
@@ -8,10 +9,18 @@ import struct
 
 import numpy as np
 
-from labkit.exercises.judge import Exercise, judge, kind
+from labkit.exercises.forbidden import library_in
+from labkit.exercises.judge import Exercise, Wrong, judge, kind
+
+_FORBIDDEN = ("struct", "numpy", "torch", "array", "ctypes", "labkit", "ml_dtypes")
 
 
 def _check(function) -> None:
+    if library := library_in(function, _FORBIDDEN):
+        raise Wrong(
+            f"decode_fp16 lets {library} read the bits, expected arithmetic on the three fields: "
+            "cut sign, exponent and fraction out of the pattern yourself"
+        )
     small = (0x3C00, 0xC000, 0x3E00, 0x0000, 0x0001, 0x0200, 0x7C00, 0xFC00, 0x7E00, 0x7BFF)
     cases = ((pattern,) for pattern in (*small, *range(2**16)))
     judge("decode_fp16", function, cases, _examine, _WRONG)
@@ -71,6 +80,11 @@ def sign_ignored(pattern):
     return _fp16(pattern & 0x7FFF)
 
 
+def read_by_numpy(pattern):
+    """Lets numpy reinterpret the two bytes, which the task forbids."""
+    return np.array(pattern, dtype=np.uint16).view(np.float16).item()
+
+
 _WRONG = (
     (fp32_bias, "127 is the exponent bias of FP32; a 5-bit exponent has the bias 15"),
     (no_implicit_one, "the fraction of a normal number has an implicit 1 in front of it"),
@@ -79,12 +93,17 @@ _WRONG = (
     (exponent_31_as_normal, "exponent field 31 marks infinity and NaN, not ordinary numbers"),
     (nan_as_infinity, "exponent field 31 is an infinity only when the fraction is 0, else NaN"),
     (sign_ignored, "bit 15 is the sign"),
+    (read_by_numpy, "cut sign, exponent and fraction out of the pattern yourself"),
 )
 
 
-def decode_through_numpy(pattern):
-    """Lets numpy reinterpret the two bytes."""
-    return np.array(pattern, dtype=np.uint16).view(np.float16).item()
+def decode_by_fields(pattern):
+    """Counts in units of the smallest subnormal, with integers."""
+    field, sign = pattern >> 10 & 31, -1 if pattern & 0x8000 else 1
+    if field == 31:
+        return float("nan") if pattern & 1023 else sign * float("inf")
+    units = (pattern & 1023) + (1024 if field else 0) << max(field - 1, 0)
+    return sign * units / 2**24
 
 
 def decode_from_text(pattern):
@@ -107,5 +126,5 @@ EXERCISE = Exercise(
         "FP16 spends five bits on range and ten on precision, so its steps grow with the number."
     ),
     wrong_answers=_WRONG,
-    variants=(decode_through_numpy, decode_from_text),
+    variants=(decode_by_fields, decode_from_text),
 )

@@ -7,25 +7,37 @@ import math
 
 import torch
 
-from labkit.exercises.judge import Exercise, call, judge, misfit, show
+from labkit.exercises.judge import Exercise, call, insist_on_dtype, judge, misfit, show
 
 
 def _check(function) -> None:
     random = torch.Generator().manual_seed(12)
-    cases = [
-        (torch.tensor([1.0, -3.0, 0.5]), 4),
-        (torch.tensor([0.3, 2.0, -1.1]), 3),
-        (torch.tensor([-0.7]), 8),
-        (torch.zeros(3), 8),
-        (torch.zeros(2, 2), 4),
-    ]
-    for bits, shape in ((2, (9,)), (3, (4, 5)), (4, (2, 3, 4)), (5, ()), (6, (64,)), (8, (16, 64))):
-        cases.append((torch.randn(shape, generator=random) * 10 ** (bits - 5), bits))
+    small = (
+        ([1.0, -3.0, 0.5], 4),
+        ([0.3, 2.0, -1.1], 3),
+        ([-0.7], 8),
+        ([[3.0, 1.0], [0.2, -0.5]], 4),
+    )
+    small += ([2.0, 3.0, 2.5], 4), ([0.0, 0.0, 0.0], 8), ([[0.0, 0.0], [0.0, 0.0]], 4)
+    cases = [(torch.tensor(x, dtype=torch.float32), bits) for x, bits in small]
+    shapes = (
+        (2, (9,)),
+        (3, (4, 5)),
+        (4, (2, 3, 4)),
+        (5, ()),
+        (6, (64,)),
+        (8, (16, 64)),
+        (8, (3, 40)),
+    )
+    for bits, shape in shapes:
+        x = torch.randn(shape, generator=random, dtype=torch.float32)
+        cases += [(x * 10.0 ** (bits - 5), bits), (x * 1e-12, bits)]
     judge("symmetric_fake_quantize", function, cases, _examine, _WRONG)
 
 
 def _examine(x, bits, got) -> str | None:
     written = call("symmetric_fake_quantize", x, bits)
+    insist_on_dtype(f"{written} returns", got, torch.float32, x.shape)
     if complaint := misfit(got, torch.float32, x.shape):
         return f"{written} returns {complaint}"
     limit = 2 ** (bits - 1) - 1
@@ -103,6 +115,28 @@ def min_to_max(x, bits):
     return x.min() + torch.nan_to_num((x - x.min()) / scale).round() * scale
 
 
+def asymmetric_with_zero(x, bits):
+    """Lays an asymmetric grid, with a zero point, from min x to max x and 0."""
+    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    scale = (high - low) / (2**bits - 1)
+    zero = torch.nan_to_num(-low / scale).round()
+    codes = (torch.nan_to_num(x / scale).round() + zero).clamp(0, 2**bits - 1)
+    return (codes - zero) * scale
+
+
+def scale_a_row(x, bits):
+    """Gives each row (the last dimension) a scale of its own."""
+    limit = 2 ** (bits - 1) - 1
+    largest = x.abs().amax(-1, keepdim=True) if x.ndim else x.abs()
+    return _to_grid(x, largest / limit, -limit, limit)
+
+
+def floored_scale(x, bits):
+    """Keeps the scale above a floor that small tensors lie below."""
+    limit = 2 ** (bits - 1) - 1
+    return _to_grid(x, (x.abs().max() / limit).clamp(min=1e-8), -limit, limit)
+
+
 _WRONG = (
     (largest_x, "the scale comes from the largest |x|, not from the largest x"),
     (largest_x_unclipped, "take the scale from the largest |x|, or codes leave the range"),
@@ -113,6 +147,9 @@ _WRONG = (
     (codes_only, "these are the codes; multiply them by the scale to come back to real values"),
     (zero_divided_by_zero, "an all-zero tensor has the scale 0, and 0 / 0 is NaN"),
     (min_to_max, "a symmetric grid is centered on 0; this one is laid from min x to max x"),
+    (asymmetric_with_zero, "this grid has a zero point; a symmetric one reaches equally far"),
+    (scale_a_row, "this is one scale a row; the whole tensor shares one"),
+    (floored_scale, "a floor under the scale wipes out small tensors: guard against 0 alone"),
 )
 
 
@@ -120,7 +157,8 @@ def symmetric_one_by_one(x, bits):
     """Plain Python over single values."""
     limit = 2 ** (bits - 1) - 1
     scale = max((abs(value) for value in x.flatten().tolist()), default=0.0) / limit or 1.0
-    return torch.tensor([round(v / scale) * scale for v in x.flatten().tolist()]).view(x.shape)
+    values = [round(v / scale) * scale for v in x.flatten().tolist()]
+    return torch.tensor(values, dtype=torch.float32).view(x.shape)
 
 
 def symmetric_in_double(x, bits):

@@ -8,17 +8,18 @@ import math
 import numpy as np
 import torch
 
-from labkit.exercises.judge import Exercise, judge, kind, show
+from labkit.exercises.judge import Exercise, Wrong, judge, kind, show
 
 
 def _check(function) -> None:
     random = torch.Generator().manual_seed(16)
     lists = [[[-1.0, 2.0], [5.0, 0.0], [1.0]], [[2.0, 3.0], [4.0]], [[-4.0], [-2.0, -3.0]]]
-    cases = [([torch.tensor(batch) for batch in batches],) for batches in lists]
-    cases.append(([torch.tensor([[-0.5, 1.0], [0.25, 0.0]])],))
+    lists.append([[[-0.5, 1.0], [0.25, 0.0]]])
+    cases = [([torch.tensor(x, dtype=torch.float32) for x in batches],) for batches in lists]
     for shapes in (((4, 8), (2, 8), (7, 8)), ((3,), (2, 5), (1, 2, 3)), ((64, 32),) * 5):
         for shift in (0.0, 9.0):
-            draws = [torch.randn(shape, generator=random) for shape in shapes]
+            form = {"generator": random, "dtype": torch.float32}
+            draws = [torch.randn(shape, **form) for shape in shapes]
             cases.append(([draw * (1 + i % 3) + shift for i, draw in enumerate(draws)],))
     judge("calibrate", function, cases, _examine, _WRONG)
 
@@ -30,9 +31,9 @@ def _examine(batches, got) -> str | None:
         return f"calibrate returns {kind(got)}, expected the pair (scale, zero_point)"
     scale, zero_point = got
     if not isinstance(scale, float | np.floating):
-        return f"for {of} the scale is {kind(scale)}, expected a float (tensors have .item())"
+        raise Wrong(f"for {of} the scale is {kind(scale)}, expected a float (tensors have .item())")
     if isinstance(zero_point, bool) or not isinstance(zero_point, int | np.integer):
-        return f"for {of} the zero point is {kind(zero_point)}, expected an int"
+        raise Wrong(f"for {of} the zero point is {kind(zero_point)}, expected an int")
     observer = torch.ao.quantization.MinMaxObserver(
         dtype=torch.quint8, qscheme=torch.per_tensor_affine
     )
@@ -98,11 +99,18 @@ def zero_point_sign(batches):
     return scale, -zero_point
 
 
+def zero_point_clamped(batches):
+    """Leaves zero out of the range, then clamps the zero point into the codes."""
+    scale, zero_point = zero_left_out(batches)
+    return scale, min(255, max(0, zero_point))
+
+
 _WRONG = (
     (last_batch_only, "each batch overwrites the range of the ones before it"),
     (first_batch_only, "this is the range of the first batch; later ones reach further"),
     (average_of_extremes, "an average of minima and maxima bounds nothing: larger values clip"),
     (zero_left_out, "zero must be a grid point even if no batch holds it: padding needs it"),
+    (zero_point_clamped, "a zero point that had to be clamped moves the whole grid off the data"),
     (range_of_means, "batch means lie well inside the data; the range needs the extreme values"),
     (steps_256, "256 codes have 255 steps between them"),
     (symmetric_activations, "this grid is symmetric; an asymmetric one reaches from low to high"),
@@ -112,7 +120,8 @@ _WRONG = (
 
 def calibrate_at_once(batches):
     """Joins the batches into one vector, with a zero beside them."""
-    values = torch.cat([torch.zeros(1), *(batch.reshape(-1) for batch in batches)]).double()
+    values = torch.cat([batch.reshape(-1).double() for batch in batches])
+    values = torch.nn.functional.pad(values, (0, 1))  # and a zero
     scale = (values.max() - values.min()) / 255
     return scale.item(), int((-values.min() / scale).round())
 

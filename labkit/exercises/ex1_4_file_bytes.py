@@ -1,4 +1,4 @@
-"""Exercise 1.3: `file_bytes` counts the bytes of a group-wise quantized weight on disk.
+"""Exercise 1.4: `file_bytes` counts the bytes of a group-wise quantized weight on disk.
 
 The reference is one row, written out for real with numpy.
 """
@@ -95,7 +95,7 @@ def bytes_of_arrays(rows, columns, bits, group_size):
 
 
 EXERCISE = Exercise(
-    id="1.3",
+    id="1.4",
     title="What does the file weigh?",
     stars=2,
     minutes=10,

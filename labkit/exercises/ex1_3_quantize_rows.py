@@ -1,11 +1,11 @@
-"""Exercise 1.5, a bug hunt: `quantize_rows` should quantize each row asymmetrically.
+"""Exercise 1.3, a bug hunt: `quantize_rows` should quantize each row asymmetrically.
 
 The references are torch's `PerChannelMinMaxObserver` and, for the codes, the definition in float64.
 """
 
 import torch
 
-from labkit.exercises.judge import Exercise, judge, kind, misfit, show
+from labkit.exercises.judge import Exercise, insist_on_dtype, judge, kind, misfit, show
 
 
 def broken_quantize_rows(w, bits):
@@ -22,11 +22,12 @@ def broken_quantize_rows(w, bits):
 def _check(function) -> None:
     random = torch.Generator().manual_seed(15)
     rows = [[-3.0, 0.9, 3.0]], [[5.0, 5.5, 6.0]], [[-6.0, -5.2, -5.0]], [[-1.0, 0.0, 2.6]]
-    cases = [(torch.tensor(row), bits) for row in rows for bits in (8, 4)]
-    cases += [(torch.tensor([[-1.0, 0.3], [-9.0, 30.0]]), 8), (torch.tensor([[0.0, 0.0]]), 8)]
+    rows = [(row, bits) for row in rows for bits in (8, 4)]
+    rows += ([[-1.0, 0.3], [-9.0, 30.0]], 8), ([[0.0, 0.0]], 8)
+    cases = [(torch.tensor(row, dtype=torch.float32), bits) for row, bits in rows]
     for bits, shape in ((8, (4, 33)), (4, (5, 16)), (3, (2, 7)), (2, (3, 9)), (8, (16, 256))):
-        w = torch.randn(shape, generator=random)
-        w *= torch.logspace(-2, 1, shape[0])[:, None]
+        w = torch.randn(shape, generator=random, dtype=torch.float32)
+        w *= torch.logspace(-2, 1, shape[0], dtype=torch.float32)[:, None]
         w[0], w[1, ::3] = w[0].abs() + 1, 0
         cases.append((w, bits))
     judge("quantize_rows", function, cases, _examine, _WRONG)
@@ -38,8 +39,11 @@ def _examine(w, bits, got) -> str | None:
     one_a_row = (len(w), 1)
     wanted = (torch.uint8, w.shape), (torch.float32, one_a_row), (None, one_a_row)
     for name, value, form in zip(("codes", "scale", "zero_point"), got, wanted, strict=True):
+        where = f"for weights of shape {tuple(w.shape)}, {name} is"
+        if form[0]:
+            insist_on_dtype(where, value, *form)
         if complaint := misfit(value, *form):
-            return f"for weights of shape {tuple(w.shape)}, {name} is {complaint}"
+            return f"{where} {complaint}"
     codes, scale, zero_point = (part.detach().double() for part in got)
     top = 2**bits - 1
     observed = torch.ao.quantization.PerChannelMinMaxObserver(
@@ -159,11 +163,11 @@ def rows_through_torch(w, bits):
     scale, zero_point = observer.calculate_qparams()
     rows = zip(w, scale, zero_point, strict=True)
     codes = [(row / s + z).round().clamp(0, top).to(torch.uint8) for row, s, z in rows]
-    return torch.stack(codes), scale[:, None], zero_point[:, None]
+    return torch.stack(codes), scale.float()[:, None], zero_point[:, None]
 
 
 EXERCISE = Exercise(
-    id="1.5",
+    id="1.3",
     title="Bug hunt: three bugs in a quantizer",
     stars=2,
     minutes=15,
