@@ -175,6 +175,17 @@ def show_shape(tensor: torch.Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
+def insist_on_dtype(where: str, value, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise `Wrong` for a tensor of the right shape in another dtype, whatever its values show.
+
+    Args:
+        where: what the value is, e.g. `f(2.0) returns`.
+    """
+    of_shape = isinstance(value, torch.Tensor) and tuple(value.shape) == tuple(shape)
+    if of_shape and value.dtype != dtype:
+        raise Wrong(f"{where} {misfit(value, dtype, shape)}: mind the dtype")
+
+
 def misfit(value, dtype: torch.dtype | None, shape: tuple[int, ...]) -> str | None:
     """Say what is wrong with the type, dtype or shape of a result.
 
