@@ -1,5 +1,7 @@
 """The reference quantizers: one function for each numeric step, as chapter 1 writes them out."""
 
+from collections.abc import Callable
+
 import torch
 
 from labkit.arguments import (
@@ -302,6 +304,7 @@ def gptq(
     bits: int = 4,
     symmetric: bool = False,
     damping: float = 0.01,
+    nearest: Callable[[torch.Tensor], torch.Tensor] = torch.round,
 ) -> torch.Tensor:
     """Round a weight input by input; each rounding error is made good by the inputs still to come.
 
@@ -314,6 +317,7 @@ def gptq(
         group_size, bits, symmetric: what they were chosen with.
         damping: share of the mean diagonal added to the diagonal, so that a singular Hessian has
             an inverse; more than 0.
+        nearest: rounds `weight / scale` to the grid; its points must be integers within `bits`.
 
     Returns:
         Codes `(out, in)`, uint8, or int8 when symmetric.
@@ -336,7 +340,7 @@ def gptq(
         last = min(first + 32, len(rows))
         for j in range(first, last):
             row, step, s, low, high = lines[j]
-            torch.div(row, s, out=step).round_().clamp_(low, high)
+            torch.clamp(nearest(row / s), low, high, out=step)
             row.addcmul_(step, s, value=-1)  # from here on, its rounding error
             rows[j + 1 : last].addr_(spread[j, j + 1 : last], row, alpha=-1)
         rows[last:].addmm_(spread[first:last, last:].T, rows[first:last], alpha=-1)

@@ -37,7 +37,7 @@ LEVELS = (
     {"quant", "kernels"},
     {"plotting", "measure", "ledger", "machine"},
     {"ptq", "int8", "evaluation", "microscaling"},
-    {"qat", "mixed", "decoder", "tuning"},
+    {"qat", "mixed", "decoder", "tuning", "rotations"},
     {"formats", "exercises"},
     {"widgets"},
     {"authoring"},
