@@ -62,15 +62,18 @@ def docstrings(packages: Iterable[str], held_out: bool = False) -> list[str]:
     Raises:
         ValueError: if a package is not installed.
     """
-    seen, kept = set(_reference_paragraphs()), []
+    return list(_fresh_docstrings(packages, held_out))
+
+
+def _fresh_docstrings(packages: Iterable[str], held_out: bool = False) -> Iterator[str]:
+    seen = set(_reference_paragraphs())
     paths = (path for package in packages for path in _source_files(package))
     for doc in (doc for path in paths for doc in _docstrings_in(path)):
         fresh = [p for p in doc.split("\n\n") if p.strip() and p.rstrip() not in seen]
         seen.update(p.rstrip() for p in fresh)
         body, is_held_out = "\n\n".join(fresh), hashlib.sha256(doc.encode()).digest()[0] < 5
         if len(body) > 80 and is_held_out == held_out:
-            kept.append(body)
-    return kept
+            yield body
 
 
 def _source_files(package: str) -> list[Path]:
@@ -125,7 +128,19 @@ def windows(tokenizer, name: str, n_windows: int, length: int) -> torch.Tensor:
         kinds = texts.CALIBRATION
         of_each = [windows(tokenizer, kind, -(-n_windows // len(kinds)), length) for kind in kinds]
         return torch.stack(of_each, dim=1).flatten(0, 1)[:n_windows]
-    return _cut(tokenizer, text(name), n_windows, length, repr(name))
+    # To read all docstrings takes seconds: as many as needed, see `_cut`.
+    some = _start_of_train(12 * n_windows * length) if name == "train" else text(name)
+    return _cut(tokenizer, some, n_windows, length, repr(name))
+
+
+def _start_of_train(n_characters: int) -> str:
+    bodies, missing = [], n_characters
+    for body in _fresh_docstrings(("stdlib",)):
+        bodies.append(body)
+        missing -= len(body)
+        if missing <= 0:
+            break
+    return "\n\n".join(bodies)
 
 
 def own_windows(tokenizer, some: str, n_windows: int, length: int) -> torch.Tensor:

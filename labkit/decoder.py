@@ -1,5 +1,6 @@
 """A small decoder for Llama-type models: a KV cache around the kernels of `labkit.matvec`."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,35 +8,38 @@ import torch
 from torch import nn
 
 from labkit import matvec
+from labkit.blocks import blocks_of
 from labkit.kernels import PackedLinear
+from labkit.measure import evaluating
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class Product:
     """Linear layers that read the same input, as one product with one token.
 
-    `bits` is 32, 8 or 4; `out`, the outputs; `nbytes`, what a product reads.
+    `bits` is 32, 8 or 4; `out`, the outputs; `nbytes`, what a product reads, biases included.
     """
 
     def __init__(self, name: str, *layers: nn.Module):
         """Lay the weights of layers out for their kernel; `name` is for messages.
 
         Raises:
-            TypeError: if not all are `nn.Linear`, or all `PackedLinear`, without a bias.
+            TypeError: if not all are `nn.Linear`, or all `PackedLinear`.
             ValueError: if packed ones differ in bits or groups, or no kernel knows these.
         """
         kinds = {type(layer) for layer in layers}
         if len(kinds) > 1 or not kinds <= {nn.Linear, PackedLinear}:
             came = ", ".join(sorted(kind.__name__ for kind in kinds))
             raise TypeError(f"{name}: layers must be all Linear or all PackedLinear, not {came}")
-        if any(layer.bias is not None for layer in layers):
-            raise TypeError(f"{name}: the decoder knows no layers with a bias")
         self.bits, self.group_size = 32, 0
         if kinds == {nn.Linear}:  # the model's own memory, so nothing is joined
             self.arrays = [layer.weight.detach().float().numpy() for layer in layers]
             self.out = sum(map(len, self.arrays))
         else:
             self._lay_out(name, layers)
-        self.nbytes = sum(array.nbytes for array in self.arrays)
+        self.bias = _joined_bias(layers)
+        self.nbytes = sum(array.nbytes for array in (*self.arrays, self.bias))
 
     def _lay_out(self, name: str, layers: tuple[PackedLinear, ...]) -> None:
         grids = {(layer.bits, layer.group_size, layer.inputs) for layer in layers}
@@ -61,11 +65,25 @@ class Product:
         """Return the product with one token, float32 `(in,)`, as `(out,)`."""
         if self.bits == 32:
             parts = [matvec.matvec_fp32(weight, x) for weight in self.arrays]
-            return np.concatenate(parts) if len(parts) > 1 else parts[0]
-        if x.size < self.inputs:
-            x = np.pad(x, (0, self.inputs - x.size))
-        words, *grid = self.arrays
-        return matvec.matvec_packed(words, self.bits, *grid, x, self.group_size)[: self.out]
+            y = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        else:
+            if x.size < self.inputs:
+                x = np.pad(x, (0, self.inputs - x.size))
+            words, *grid = self.arrays
+            y = matvec.matvec_packed(words, self.bits, *grid, x, self.group_size)[: self.out]
+        return y + self.bias if self.bias.size else y
+
+
+def _joined_bias(layers: tuple[nn.Module, ...]) -> np.ndarray:
+    # Empty if no layer has one.
+    if all(layer.bias is None for layer in layers):
+        return np.zeros(0, np.float32)
+    rows = [layer.weight if isinstance(layer, nn.Linear) else layer.codes for layer in layers]
+    parts = [
+        torch.zeros(len(some)) if layer.bias is None else layer.bias.detach().float()
+        for layer, some in zip(layers, rows, strict=True)
+    ]
+    return torch.cat(parts).numpy()
 
 
 class Decoder(nn.Module):
@@ -77,7 +95,8 @@ class Decoder(nn.Module):
         """Take over a model, which goes on reading the prompts.
 
         Args:
-            model: a `LlamaForCausalLM` on the CPU; its linear layers may be `PackedLinear`.
+            model: a causal LM of the Llama, Mistral, Qwen2 or Qwen3 family on the CPU; its linear
+                layers may be `PackedLinear`.
             max_length: tokens that the cache holds.
 
         Raises:
@@ -85,12 +104,13 @@ class Decoder(nn.Module):
                 ValueError too if `max_length` is below 1.
         """
         super().__init__()
-        self.model, self.config = model, getattr(model, "config", None)
         _check_model(model)
+        self.model, self.config = model, model.config
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, not {max_length}")
         base = model.model
         self.blocks = [_block(f"model.layers.{i}", x) for i, x in enumerate(base.layers)]
+        self.windows = [_window(self.config, block.self_attn) for block in base.layers]
         self.norm, self.epsilon = base.norm.weight.detach().numpy(), self.config.rms_norm_eps
         self.head = Product("lm_head", model.lm_head)
         cos, sin = base.rotary_emb(base.norm.weight, torch.arange(max_length)[None])
@@ -121,9 +141,13 @@ class Decoder(nn.Module):
 
         ValueError if the prompt is empty, too long for the cache, or holds an unknown id.
         """
+        from transformers import DynamicCache
+
         ids = self._check(ids, 0)
-        output = self.model.model(ids[None], use_cache=True)
-        for i, layer in enumerate(output.past_key_values.layers):
+        cache = DynamicCache()  # without a window, which would make it forget
+        with evaluating(self.model):
+            output = self.model.model(ids[None], past_key_values=cache, use_cache=True)
+        for i, layer in enumerate(cache.layers):
             self.keys[i, :, : len(ids)] = layer.keys[0]
             self.values[i, :, : len(ids)] = layer.values[0]
         self.length = len(ids)
@@ -137,11 +161,18 @@ class Decoder(nn.Module):
         """
         at, width = self.length, self.keys.shape[3]
         x = self.model.model.embed_tokens(self._check([token], at))[0].numpy()
-        for (norm, qkv, out, mlp_norm, gate_up, down), *cache in zip(
-            self.blocks, self.keys, self.values, strict=True
+        for (norm, qkv, head_norm, out, mlp_norm, gate_up, down), window, *cache in zip(
+            self.blocks, self.windows, self.keys, self.values, strict=True
         ):
             rows = qkv(matvec.rms_norm(x, norm, self.epsilon)).reshape(-1, width)
-            x = x + out(matvec.attend(rows, self.cos[at], self.sin[at], *cache, at))
+            if head_norm is not None:
+                some = rows[: len(head_norm)]
+                some /= np.sqrt(np.square(some).mean(1, keepdims=True) + np.float32(self.epsilon))
+                some *= head_norm
+            first = max(0, at + 1 - window)
+            if first:
+                cache = [part[:, first:] for part in cache]
+            x = x + out(matvec.attend(rows, self.cos[at], self.sin[at], *cache, at - first))
             x = x + down(matvec.swiglu(gate_up(matvec.rms_norm(x, mlp_norm, self.epsilon))))
         self.length += 1
         return self.head(matvec.rms_norm(x, self.norm, self.epsilon))
@@ -167,9 +198,10 @@ class Decoder(nn.Module):
 def _check_model(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     kind, act = getattr(config, "model_type", None), getattr(config, "hidden_act", "")
-    if (kind, act) != ("llama", "silu") or not hasattr(model, "lm_head"):
-        came = f"{type(model).__name__} {act}".strip()
-        raise TypeError(f"model: the decoder knows LlamaForCausalLM with SiLU, not {came}")
+    if kind not in FAMILIES or act != "silu" or not hasattr(model, "lm_head"):
+        came, known = f"{type(model).__name__} {act}".strip(), ", ".join(FAMILIES)
+        raise TypeError(f"model: the decoder knows causal LMs of {known} with SiLU, not {came}")
+    blocks_of(model)
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
         raise TypeError(f"model: the decoder knows no rotation that depends on length ({rope})")
@@ -177,11 +209,29 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"model must be float32, not {dtype}; call model.float()")
 
 
+def _window(config, attention: nn.Module) -> float:
+    # How many tokens a block looks back on, its own included.
+    mistral = config.sliding_window if config.model_type == "mistral" else None
+    return getattr(attention, "sliding_window", mistral) or math.inf
+
+
+def _head_norm(attention: nn.Module) -> np.ndarray | None:
+    # The weights of the norms on queries and keys, (heads + kv_heads, width).
+    if not hasattr(attention, "q_norm"):
+        return None
+    config, width = attention.config, attention.head_dim
+    norms = attention.q_norm.weight, attention.k_norm.weight
+    heads = config.num_attention_heads, config.num_key_value_heads
+    parts = [norm.detach().expand(n, width) for norm, n in zip(norms, heads, strict=True)]
+    return torch.cat(parts).numpy()
+
+
 def _block(name: str, block: nn.Module) -> tuple:
     attention, mlp = block.self_attn, block.mlp
     return (
         block.input_layernorm.weight.detach().numpy(),
         Product(f"{name}.self_attn", attention.q_proj, attention.k_proj, attention.v_proj),
+        _head_norm(attention),
         Product(f"{name}.self_attn.o_proj", attention.o_proj),
         block.post_attention_layernorm.weight.detach().numpy(),
         Product(f"{name}.mlp", mlp.gate_proj, mlp.up_proj),

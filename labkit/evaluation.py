@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from labkit.data import windows
-from labkit.measure import Perplexity, check_ids, summarize, t_margin
+from labkit.measure import Perplexity, check_ids, evaluating, summarize, t_margin
 from labkit.texts import EVALUATION
 
 _CHUNK = 128  # tokens whose logits of two models are in memory at once
@@ -113,10 +113,12 @@ def reference(
     if n_windows < 2:
         raise ValueError(f"n_windows must be at least 2, for an interval, not {n_windows}")
     ids = {name: windows(tokenizer, name, n_windows, length) for name in texts}
-    hidden = {name: _hidden(model, rows) for name, rows in ids.items()}
     some = next(iter(ids))
+    with evaluating(model):
+        hidden = {name: _hidden(model, rows) for name, rows in ids.items()}
+        expected = model(ids[some][:1]).logits
     logits = nn.functional.linear(hidden[some][:1], model.lm_head.weight)
-    if not torch.allclose(model(ids[some][:1]).logits, logits, rtol=1e-3, atol=1e-3):
+    if not torch.allclose(expected, logits, rtol=1e-3, atol=1e-3):
         raise TypeError(f"{type(model).__name__}: its logits are not those of its head alone")
     head = model.lm_head.weight.detach().clone()
     scores = {name: _score(hidden[name], rows, head) for name, rows in ids.items()}
@@ -143,13 +145,8 @@ def quality(model: nn.Module, reference: Reference) -> Quality:
             `.logits`. For errors see `measure.check_ids`.
         reference: from `reference`, with the same tokenizer.
     """
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         return Quality({name: _on_text(model, reference, name) for name in reference.ids})
-    finally:
-        for module in in_training:
-            module.training = True
 
 
 @torch.inference_mode()

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from labkit import limits
+
 # torch's name of a capability → the name in the manuals.
 _INSTRUCTIONS = {
     "avx2": "AVX2",
@@ -103,18 +105,22 @@ def peak_memory(code: str, timeout: float = 600) -> PeakMemory:
 
 
 def hardware() -> dict[str, Any]:
-    """Return facts about this machine that bear on quantization; None where unknown."""
+    """Return facts about this machine that bear on quantization; None where unknown.
+
+    Of cores and memory only what this process may use counts: see `labkit.limits`.
+    """
     import psutil
 
-    cpu = torch.cpu.get_capabilities()
+    cpu, logical = torch.cpu.get_capabilities(), limits.cores()
+    physical = psutil.cpu_count(logical=False)
     return {
         "cpu": cpu.get("cpu_name") or platform.processor() or platform.machine(),
         "architecture": cpu.get("architecture") or platform.machine(),
-        "physical cores": psutil.cpu_count(logical=False),
-        "logical cores": psutil.cpu_count(),
+        "physical cores": physical and min(physical, logical),
+        "logical cores": logical,
         "L1d cache bytes": cpu.get("l1d_cache_size"),
         "L2 cache bytes": cpu.get("l2_cache_size"),
-        "memory bytes": psutil.virtual_memory().total,
+        "memory bytes": limits.memory().total,
         "instruction sets": [name for key, name in _INSTRUCTIONS.items() if cpu.get(key)],
         "quantized engines": [e for e in torch.backends.quantized.supported_engines if e != "none"],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -1,8 +1,9 @@
 """Quality with error bars, and time with its spread."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,16 +39,23 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Difference:
-    """`other − reference` in nats a token, paired by window; `ratio` is the perplexity ratio."""
+    """`other − reference` in nats a token, paired by window.
+
+    Attributes:
+        standard_error: of `nats`, over windows.
+        margin: half the width of the 95 % interval of `nats`, by Student's t for the windows.
+        ratio: of the perplexities.
+    """
 
     nats: float
     standard_error: float
+    margin: float
     ratio: float
 
     @property
     def verdict(self) -> str:
-        """`"tie"` within two standard errors, else `"worse"` or `"better"` (fewer nats)."""
-        if abs(self.nats) <= 2 * self.standard_error:
+        """`"tie"` if 0 is in the interval, else `"worse"` or `"better"` (fewer nats)."""
+        if abs(self.nats) <= self.margin:
             return "tie"
         return "better" if self.nats < 0 else "worse"  # NaN, a broken model, is worse
 
@@ -74,15 +82,21 @@ def perplexity(model: nn.Module, ids: torch.Tensor, batch_size: int = 1) -> Perp
     """
     check_ids(model, ids, batch_size)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    with evaluating(model), torch.inference_mode():
+        rows = [_token_nats(model, part.to(device)) for part in ids.split(batch_size)]
+    return summarize(torch.cat(rows))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode; then each of its modules is back in the mode that it had."""
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode():
-            rows = [_token_nats(model, part.to(device)) for part in ids.split(batch_size)]
+        yield
     finally:
         for module in in_training:
             module.training = True
-    return summarize(torch.cat(rows))
 
 
 def summarize(token_nats: torch.Tensor) -> Perplexity:
@@ -157,8 +171,9 @@ def paired_difference(other: Perplexity, reference: Perplexity) -> Difference:
         raise ValueError("other and reference need at least 2 windows for an error bar, not 1")
     if not torch.isfinite(reference.window_nats).all():
         raise ValueError("reference holds NaN or infinity; compare with a model that works")
-    nats, error = _mean_and_error(other.window_nats - reference.window_nats)
-    return Difference(nats, error, _exp(nats))
+    differences = other.window_nats - reference.window_nats
+    nats, error = _mean_and_error(differences)
+    return Difference(nats, error, t_margin(differences), _exp(nats))
 
 
 @dataclass(frozen=True)

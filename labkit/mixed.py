@@ -1,22 +1,26 @@
 """Mixed-precision quantization: what each layer costs at each width, and a budget spent well."""
 
+import contextlib
 import difflib
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import nn
 
+from labkit.blocks import LAYERS, blocks_of, check_linear, linear_layers
 from labkit.kernels import PackedLinear
-from labkit.measure import check_ids
-from labkit.ptq import LINEARS
+from labkit.measure import check_ids, evaluating
 from labkit.quant import group_qparams, round_to_grid, to_groups
 
 
 def layer_names(model: nn.Module) -> list[str]:
-    """Return the names of the linear layers in the blocks of a Llama-type model, in their order."""
-    kinds = [layer for layers in LINEARS.values() for layer in layers]
-    return [f"model.layers.{i}.{kind}" for i in range(len(model.model.layers)) for kind in kinds]
+    """Return the names of the linear layers in the blocks of a Llama-type model, in their order.
+
+    TypeError if the model is of another type.
+    """
+    return [f"model.layers.{i}.{name}" for i in range(len(blocks_of(model))) for name in LAYERS]
 
 
 def fisher(model: nn.Module, ids: torch.Tensor, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -25,7 +29,7 @@ def fisher(model: nn.Module, ids: torch.Tensor, seed: int = 0) -> dict[str, torc
     Each window gets random labels, drawn from the model's own prediction, and one backward pass.
 
     Args:
-        model: a Llama-type causal LM; its float weights.
+        model: a Llama-type causal LM; its float weights, which may be frozen.
         ids: int64 `(n_windows, length)`, calibration windows.
         seed: of the labels.
 
@@ -34,23 +38,39 @@ def fisher(model: nn.Module, ids: torch.Tensor, seed: int = 0) -> dict[str, torc
         Rounding it by Δ costs about half the sum of Fisher · Δ², in nats of KL divergence a token.
 
     Raises:
-        TypeError, ValueError: if `ids` is not as above.
+        TypeError, ValueError: if `ids` is not as above; TypeError too if the model is of another
+            type, or its layers are no plain `nn.Linear`.
 
     Source: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning",
     arXiv 1801.05787; for quantization Kim et al., "SqueezeLLM", arXiv 2306.07629.
     """
     check_ids(model, ids, 1)
     names = layer_names(model)
-    weights = [model.get_submodule(name).weight for name in names]
-    squares = [torch.zeros_like(weight) for weight in weights]
+    weights = [layer.weight for layer in linear_layers(model, names)]
     generator = torch.Generator().manual_seed(seed)
-    for window in ids:
-        logits = model(window[None], use_cache=False).logits[0]
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
-        loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
-        for square, gradient in zip(squares, torch.autograd.grad(loss, weights), strict=True):
-            square += gradient.square_()
+    with evaluating(model), differentiable(weights):
+        squares = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+        for window in ids:
+            logits = model(window.clone()[None], use_cache=False).logits[0].float()
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
+            loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
+            for square, gradient in zip(squares, torch.autograd.grad(loss, weights), strict=True):
+                square += gradient.float().square_()
     return {name: square.div_(ids.numel()) for name, square in zip(names, squares, strict=True)}
+
+
+@contextlib.contextmanager
+def differentiable(weights: list[torch.Tensor]) -> Iterator[None]:
+    """Let weights have gradients, also frozen ones and where gradients are off; then as before."""
+    before = [weight.requires_grad for weight in weights]
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            for weight in weights:
+                weight.requires_grad_(True)
+            yield
+        finally:
+            for weight, required in zip(weights, before, strict=True):
+                weight.requires_grad_(required)
 
 
 @torch.no_grad()
@@ -70,11 +90,14 @@ def rounding_costs(
 
     Returns:
         By layer and width, the predicted KL divergence from the float model.
+
+    Raises:
+        TypeError: if a layer is missing or no plain `nn.Linear`.
     """
-    costs = {}
-    for name, weights_matter in information.items():
+    costs, layers = {}, linear_layers(model, information)
+    for (name, weights_matter), layer in zip(information.items(), layers, strict=True):
         costs[name] = {}
-        groups = to_groups(model.get_submodule(name).weight.float(), group_size)
+        groups = to_groups(layer.weight.float(), group_size)
         ends = _ends(groups)  # once for all widths
         for bits in widths:
             error = round_to_grid(groups, *group_qparams(ends, 2, bits), bits)
@@ -106,6 +129,7 @@ def _ends(groups: torch.Tensor) -> torch.Tensor:
 
 def packed_nbytes(linear: nn.Linear, bits: int, group_size: int) -> int:
     """Return the bytes that a layer takes as an asymmetric `PackedLinear`, without its bias."""
+    check_linear(linear)
     out, inputs = linear.weight.shape
     return out * (math.ceil(inputs * bits / 8) + 3 * math.ceil(inputs / group_size))
 
@@ -165,11 +189,17 @@ def pack_layers(model: nn.Module, widths: dict[str, int], group_size: int = 64) 
         group_size: inputs that share a scale; rounding is to nearest, asymmetric.
 
     Raises:
-        ValueError: if a name is no linear layer or a width is out of range; nothing changes then.
+        TypeError: if a name is that of a layer of another kind.
+        ValueError: if no layer has a name, or a width is out of range. Nothing changes then.
     """
-    known = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    modules = dict(model.named_modules())
+    known = {name: module for name, module in modules.items() if type(module) is nn.Linear}
     for name in widths:
-        if name not in known:
+        if name in modules:
+            linear_layers(model, [name])
+        else:
+            if hasattr(model, "config"):  # a language model: perhaps not one with such names
+                blocks_of(model)
             near = difflib.get_close_matches(name, known, 1, 0) or ["no linear layer at all"]
             raise ValueError(f"widths: the model has no linear layer {name!r}; nearest: {near[0]}")
     packed = {name: PackedLinear(known[name], bits, group_size) for name, bits in widths.items()}

@@ -25,12 +25,17 @@ def subplots(rows: int = 1, columns: int = 1, **kwargs):
     Args, returns: as of `matplotlib.pyplot.subplots`; `figsize` is in inches.
     """
     import matplotlib.pyplot as plt
+
+    plt.style.use(_style())  # for good: titles and legends are made after this returns
+    return plt.subplots(rows, columns, **kwargs)
+
+
+def _style() -> list:
+    # After matplotlib's own defaults: a reader's style or matplotlibrc may have set anything.
     from cycler import cycler
 
     cycle = cycler(color=list(COLORS.values())) + cycler(marker=MARKERS)
-    # For good, not in a context: titles and legends are made after this returns.
-    plt.style.use([Path(__file__).with_name("book.mplstyle"), {"axes.prop_cycle": cycle}])
-    return plt.subplots(rows, columns, **kwargs)
+    return ["default", Path(__file__).with_name("book.mplstyle"), {"axes.prop_cycle": cycle}]
 
 
 def png(figure) -> bytes:
@@ -38,7 +43,8 @@ def png(figure) -> bytes:
     import matplotlib.pyplot as plt
 
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=figure.dpi)
+    with plt.style.context(_style()):  # ticks are made now, and saving has settings of its own
+        figure.savefig(buffer, format="png", dpi=figure.dpi)
     plt.close(figure)
     return buffer.getvalue()
 

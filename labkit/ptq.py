@@ -7,22 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from labkit.measure import check_ids
+from labkit.blocks import (
+    LINEARS,
+    PRODUCERS,
+    check_block,
+    check_wiring,
+    linear_layers,
+    received,
+    rescalable,
+)
+from labkit.measure import check_ids, evaluating
 from labkit.quant import dequantize_groups, gptq, group_qparams, quantize_groups
-
-# The linear layers of a block by what enters them, and the layer whose output that is. The input of
-# o_proj has no entry there: with shared value heads, no factor for each channel goes back into one.
-LINEARS = {
-    "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "output": ("self_attn.o_proj",),
-    "mlp": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
-PRODUCERS = {
-    "attention": "input_layernorm",
-    "mlp": "post_attention_layernorm",
-    "down": "mlp.up_proj",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +60,8 @@ def calibrate(
 ) -> Iterator[tuple[nn.Module, dict[str, Inputs]]]:
     """Run a model block by block, and say what enters the linear layers of each.
 
-    Needs the memory of the model, of the hidden states and of one block's statistics.
+    That is what enters them in `model(ids)` in eval mode: the model itself prepares masks and
+    positions. Needs the memory of the model, of the hidden states and of one block's statistics.
 
     Args:
         model: a Llama-type causal LM of transformers, on the CPU.
@@ -78,24 +74,31 @@ def calibrate(
         A decoder block, and its `Inputs` by name (a key of `LINEARS`).
 
     Raises:
-        TypeError, ValueError: if `ids` is not as above, or an activation is NaN or infinite.
+        TypeError: if `ids` is no tensor of integers, or the model of another type, see
+            `blocks.blocks_of` and `blocks.received`.
+        ValueError: if `ids` is not as above, or an activation is NaN or infinite.
     """
     check_ids(model, ids, batch_size)
-    hidden = model.model.embed_tokens(ids)
-    positions = model.model.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
+    with evaluating(model):
+        check_wiring(model, ids[:1, :2])
+        hidden, others = received(model, ids.split(batch_size))
 
-    def run(block: nn.Module) -> torch.Tensor:
-        parts = [block(part, position_embeddings=positions) for part in hidden.split(batch_size)]
-        return torch.cat(parts)
+    def run(block: nn.Module, arguments: dict[int, tuple]) -> list[torch.Tensor]:
+        outputs = []
+        with evaluating(block):
+            for part in hidden:
+                rest, options = arguments[len(part)]
+                outputs.append(block(part, *rest, **options))
+        return outputs
 
-    for number, block in enumerate(model.model.layers):
+    for number, (block, arguments) in enumerate(zip(model.model.layers, others, strict=True)):
         sums: dict[str, list] = {}
         hooks = [
             block.get_submodule(layers[0]).register_forward_pre_hook(_recorder(sums, name))
             for name, layers in LINEARS.items()
         ]
         try:
-            output = run(block)
+            output = run(block, arguments)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -105,7 +108,7 @@ def calibrate(
                 raise ValueError(f"model: NaN or infinity enters {layers} of block {number}")
         n = ids.numel()
         yield block, {name: Inputs(s[0] / n, s[1], s[2] / n) for name, s in sums.items()}
-        hidden = run(block) if propagate else output
+        hidden = run(block, arguments) if propagate else output
 
 
 def _recorder(sums: dict[str, list], name: str):
@@ -141,14 +144,9 @@ def rescale_input(block: nn.Module, name: str, factor: torch.Tensor) -> None:
         factor: `(in,)`, positive and finite.
 
     Raises:
-        ValueError: if `name` is unknown, or `factor` of another shape or not positive and finite.
+        TypeError, ValueError: see `blocks.rescalable`; nothing is changed then.
     """
-    if name not in PRODUCERS:
-        raise ValueError(f"name must be one of {list(PRODUCERS)}, not {name!r}")
-    layers = [block.get_submodule(layer) for layer in LINEARS[name]]
-    if factor.shape != (layers[0].in_features,) or not ((factor > 0) & factor.isfinite()).all():
-        raise ValueError(f"factor must be ({layers[0].in_features},), positive and finite")
-    producer = block.get_submodule(PRODUCERS[name])
+    producer, layers = rescalable(block, name, factor)
     producer.weight /= factor if producer.weight.ndim == 1 else factor[:, None]
     if getattr(producer, "bias", None) is not None:
         producer.bias /= factor
@@ -245,27 +243,40 @@ def quantize_block(
 
     Returns:
         Scale and zero point by the layer's name in the block, for `PackedLinear`.
+
+    Raises:
+        TypeError: if the block is not of Llama type, its layers are no plain `nn.Linear`, or
+            factors do not go into a producer, see `rescale_input`.
+        TypeError, ValueError: see `quant.group_qparams` and `quant.gptq`. A block is left as it was
+            then, save for AWQ's factors.
     """
+    check_block(block)
+    layers_of = {name: linear_layers(block, layers) for name, layers in LINEARS.items()}
     inputs = dict(inputs)
+    factors = {}
     for name in PRODUCERS if scaling else ():
-        weights = [block.get_submodule(layer).weight for layer in LINEARS[name]]
+        weights = [layer.weight for layer in layers_of[name]]
+        rescalable(block, name, torch.ones(weights[0].shape[1]))
         size = group_size or weights[0].shape[1]
-        factor = awq_factor(weights, inputs[name], size, bits, symmetric)
+        factors[name] = awq_factor(weights, inputs[name], size, bits, symmetric)
+    for name, factor in factors.items():
         rescale_input(block, name, factor)
         inputs[name] = inputs[name].divided(factor)
-    grids = {}
-    for name, layers in LINEARS.items():
-        weights = [block.get_submodule(layer).weight for layer in layers]
+    grids, values = {}, []
+    for name, layers in layers_of.items():
+        weights = [layer.weight for layer in layers]
         rows = [len(weight) for weight in weights]
         hessian = inputs[name].shrunk(shrink).hessian if shrink else inputs[name].hessian
         # Rows are independent: those of all layers that read this input go through together.
         stacked, size = torch.cat(weights), group_size or len(hessian)
         power = hessian.diagonal() if clipping else None
         found = _rounded(stacked, size, bits, symmetric, power, hessian if compensation else None)
-        parts = zip(layers, weights, *(x.split(rows) for x in found), strict=True)
-        for layer, weight, values, scale, zero_point in parts:
-            weight.copy_(values)
+        parts = zip(LINEARS[name], weights, *(x.split(rows) for x in found), strict=True)
+        for layer, weight, rounded, scale, zero_point in parts:
+            values.append((weight, rounded))
             grids[layer] = scale.clone(), zero_point.clone()
+    for weight, rounded in values:
+        weight.copy_(rounded)
     return grids
 
 

@@ -9,8 +9,8 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from labkit.kernels import PackedLinear
-from labkit.ptq import LINEARS
+from labkit.blocks import LAYERS, blocks_of, check_linear, linear_layers
+from labkit.kernels import PackedLinear, linear_in_float32
 from labkit.quant import check_input, group_qparams, integer_range, to_fp16, to_groups
 
 
@@ -64,7 +64,7 @@ class QATLinear(nn.Linear):
         symmetric: bool = False,
         grid: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
-        """Wrap a float layer; its parameters are taken over, not copied.
+        """Wrap a float layer; its parameters are taken over, or copied if they are no float32.
 
         Args:
             linear: the layer; its weight is `(out, in)`.
@@ -74,17 +74,20 @@ class QATLinear(nn.Linear):
             grid: scale and zero point to begin with. None: min-max, see `quant.group_qparams`.
 
         Raises:
+            TypeError: if `linear` is no plain `nn.Linear`.
             TypeError, ValueError: see `quant.group_qparams`.
         """
         nn.Module.__init__(self)
+        check_linear(linear)
         weight = linear.weight.detach()
         check_input(weight, bits)
         scale, zero_point = grid or group_qparams(weight, group_size, bits, symmetric)
         self.out_features, self.in_features = weight.shape
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
-        self.weight, self.bias = linear.weight, linear.bias
-        self.scale = nn.Parameter(scale.clone())
-        self.register_buffer("zero_point", zero_point.clone())
+        self.training = linear.training
+        self.weight, self.bias = _to_learn(linear.weight), _to_learn(linear.bias)
+        self.scale = nn.Parameter(scale.detach().to(torch.float32, copy=True))
+        self.register_buffer("zero_point", zero_point.detach().to(torch.float32, copy=True))
 
     def rounded(self) -> torch.Tensor:
         """Return the weight that the layer computes with, `(out, in)`, on the grid."""
@@ -99,7 +102,16 @@ class QATLinear(nn.Linear):
         return groups.flatten(1)[:, : self.in_features]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.rounded(), self.bias)
+        """Return the output for x `(..., in)`, in its dtype."""
+        return linear_in_float32(x, self.rounded(), self.bias)
+
+
+def _to_learn(parameter: nn.Parameter | None) -> nn.Parameter | None:
+    # BF16 and FP16 would lose small steps; what inference mode made takes no part in training.
+    if parameter is None or (parameter.dtype == torch.float32 and not parameter.is_inference()):
+        return parameter
+    copied = parameter.detach().to(torch.float32, copy=True)
+    return nn.Parameter(copied, parameter.requires_grad)
 
 
 def prepare(
@@ -112,23 +124,36 @@ def prepare(
     """Make every linear layer of a Llama-type model's blocks a `QATLinear`, in place.
 
     Args:
-        model: a causal LM of transformers.
+        model: a causal LM of transformers, in any float format; the layers compute in float32.
         bits, symmetric: the grid.
         group_size: inputs a group; 0 for one group a row (per channel).
         grids: for each block, what `ptq.quantize_block` returned. None: min-max grids.
 
     Returns:
         The new layers, in the order of the model.
+
+    Raises:
+        TypeError: if the model is of another type, or its layers are no plain `nn.Linear`; so too
+            if it was prepared before, since the step sizes that it has learned would be lost.
+        TypeError, ValueError: see `QATLinear`; ValueError too if `grids` are not of these blocks.
+            The model is then unchanged.
     """
-    layers = []
-    for number, block in enumerate(model.model.layers):
-        for name in sum(LINEARS.values(), ()):
-            linear = block.get_submodule(name)
+    blocks, prepared = blocks_of(model), []
+    if any(isinstance(module, QATLinear) for module in model.modules()):
+        raise TypeError(
+            f"model: this {type(model).__name__} is prepared already, and its step sizes would be "
+            "lost; train it, or load it anew"
+        )
+    if grids is not None and [set(grid) for grid in grids] != len(blocks) * [set(LAYERS)]:
+        raise ValueError(f"grids must hold {len(blocks)} blocks, each with {', '.join(LAYERS)}")
+    for number, block in enumerate(blocks):
+        for name, linear in zip(LAYERS, linear_layers(block, LAYERS), strict=True):
             grid = grids[number][name] if grids else None
             size = group_size or linear.in_features
-            layers.append(QATLinear(linear, bits, size, symmetric, grid))
-            block.set_submodule(name, layers[-1])
-    return layers
+            prepared.append((block, name, QATLinear(linear, bits, size, symmetric, grid)))
+    for block, name, layer in prepared:
+        block.set_submodule(name, layer)
+    return [layer for _, _, layer in prepared]
 
 
 def parameter_groups(model: nn.Module, lr: float, scale_rate: float = 1e-3) -> list[dict]:
@@ -251,7 +276,8 @@ def _save(optimizer, checkpoint: Path, n_steps: int, losses: list[float]) -> Non
 
     tensors = {f"{i}.parameter": p.detach().contiguous() for i, p in _parts(optimizer)}
     for i, parameter in _parts(optimizer):
-        tensors |= {f"{i}.{key}": value for key, value in optimizer.state[parameter].items()}
+        state = optimizer.state[parameter].items()
+        tensors |= {f"{i}.{key}": value.contiguous() for key, value in state}
     partial = checkpoint.with_name(f"{checkpoint.name}.{os.getpid()}.partial")
     save_file(tensors, partial, {"n_steps": str(n_steps), "losses": json.dumps(losses)})
     partial.replace(checkpoint)

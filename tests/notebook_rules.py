@@ -330,9 +330,12 @@ def problems_of(notebook) -> list[str]:
 
 
 @functools.cache
-def pinned_distributions() -> frozenset[str]:
+def pinned_distributions(extras: bool = False) -> frozenset[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
-    return frozenset(canonicalize_name(Requirement(line).name) for line in project["dependencies"])
+    lines = list(project["dependencies"])
+    for some in project["optional-dependencies"].values() if extras else ():
+        lines += some
+    return frozenset(canonicalize_name(Requirement(line).name) for line in lines)
 
 
 @functools.cache
@@ -340,15 +343,15 @@ def distributions_of() -> dict[str, list[str]]:
     return dict(importlib.metadata.packages_distributions())
 
 
-def unpinned_imports(tree: ast.AST) -> list[str]:
-    names = set()
+def unpinned_imports(tree: ast.AST, extras: bool = False) -> list[str]:
+    names, pinned = set(), pinned_distributions(extras)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.add(node.module.partition(".")[0])
     names -= {*sys.stdlib_module_names, "labkit"}
-    return sorted(name for name in names if not _distributions(name) & pinned_distributions())
+    return sorted(name for name in names if not _distributions(name) & pinned)
 
 
 def _distributions(name: str) -> set[str]:

@@ -41,8 +41,16 @@ def test_what_is_recorded_is_what_the_evaluation_says(record):
             codes = lk.quant.quantize_groups(layer.weight.detach(), *grid, 64, 3)
             layer.weight.data = lk.quant.dequantize_groups(codes, *grid, 64)
     for name, on in lk.quality(model, reference).items():
-        assert entry["on"][name]["loss"][0] == pytest.approx(on.loss.value, rel=1e-2)
-        assert entry["on"][name]["kl"][1] == pytest.approx(on.kl.margin, rel=1e-2)
+        assert entry["on"][name]["loss"] == pytest.approx(on.loss.by_window.tolist(), rel=1e-2)
+        assert entry["on"][name]["kl"] == pytest.approx(on.kl.by_window.tolist(), rel=1e-2)
+
+
+def test_tuning_comes_after_all_three(tmp_path):
+    path = tmp_path / "record.jsonl"
+    pairs = [("calibration", "all"), ("calibration", "all, tuned")]
+    calibration.run("tiny", pairs, path, **SMALL | {"n_windows": 40})
+    one, other = (json.loads(line)["on"]["docs"]["kl"] for line in path.read_text().splitlines())
+    assert sum(other) < sum(one)
 
 
 def test_the_command_line_names_what_there_is(capsys):

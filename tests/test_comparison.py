@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,14 +14,21 @@ from types import SimpleNamespace
 
 import joblib
 import nbformat
+import pandas
 import pytest
 from notebook_rules import code_cells, syntax_tree, taught
 from tqdm.auto import tqdm
 
+import labkit
+from labkit import claims
+from labkit.authoring import learner, notebooks
+from labkit.authoring.claim_lines import claims_of
+from labkit.authoring.notebooks import NAMES, chapters_in
 from labkit.claims import Claim
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 CHAPTER = "06_comparison"
+OTHERS = tuple(Path(name).stem for name in NAMES if not name.startswith(CHAPTER))
 # The claims that the book set out to settle.
 CLAIMS = """
     storage-75 speed-2-4x dynamic-instant static-faster calibration-needed ptq-small-loss
@@ -120,7 +128,7 @@ def verdicts():
     cells = code_cells(nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4))
     no_claims = SimpleNamespace(claims=SimpleNamespace(REGISTRY={}))
     namespace = {"json": json, "re": re, "Path": Path, "namedtuple": namedtuple, "lk": no_claims}
-    starts = ("LINE = re", "EVIDENCE = {", "HOLDS_WHEN = {", "def verdict_on")
+    starts = ("LINE = re", "EVIDENCE = {", "# The notebooks", "HOLDS_WHEN = {", "def verdict_on")
     for cell in cells:
         if cell.source.startswith(starts):
             exec(cell.source, namespace)
@@ -136,7 +144,7 @@ def test_every_claim_of_the_book_has_a_verdict(verdicts):
 def printed_claims() -> dict[str, set[str]]:
     """Return the ids of the claims that all notebooks printed, by their sign."""
     found = {"✓": set(), "◷": set(), "✎": set()}
-    for path in NOTEBOOKS.glob("0*.ipynb"):
+    for path in chapters_in(NOTEBOOKS):
         stored = nbformat.read(path, as_version=4)
         printed = "".join(o.get("text", "") for c in code_cells(stored) for o in c.outputs)
         for sign, id in re.findall(r"^([✓◷✎]) (.+?): ", printed, flags=re.MULTILINE):
@@ -169,13 +177,18 @@ a line about ✓ nothing: = 1 (band 1 to 2)
 """
 
 
+OF_A_COPY = nbformat.v4.new_output("stream", text="✓ one: Of a copy = 3 (band exactly 3)\n")
+COPIED = [nbformat.v4.new_code_cell("x", outputs=[OF_A_COPY])]
+
+
 @pytest.fixture
 def made(verdicts, tmp_path, monkeypatch):
     """Return what the verdict reads from another notebook, beside one claim of its own."""
     output = nbformat.v4.new_output("stream", text=LINES)
     cells = [nbformat.v4.new_code_cell("x", outputs=[output]), nbformat.v4.new_markdown_cell("y")]
-    for name in ("03_x", CHAPTER):
-        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
+    for name in ("03_qat", "03_qat-Copy1", "08_mine", CHAPTER):
+        notebook = nbformat.v4.new_notebook(cells=cells if name == "03_qat" else COPIED)
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
     own = Claim("own", "I", 3.0, 1.0, 2.0, None, "timed", False)
     verdicts["lk"].claims.REGISTRY["own"] = own
     monkeypatch.chdir(tmp_path)
@@ -198,6 +211,106 @@ def test_a_verdict_says_what_did_not_hold_and_what_was_not_executed(verdicts, ma
     assert "records alone" in verdicts["verdict_on"](id, [])[0]
     assert "did not hold" in verdicts["told"](made["slow"])
     assert "did not hold" not in verdicts["told"](made["read"])
+
+
+def own_claims() -> dict[str, Claim]:
+    """Return what the chapter itself states, as its kernel would hold it."""
+    lines = claims_of(nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4))
+    return {c.id: Claim(c.id, c.sentence, 1.0, 1.0, 1.0, None, c.kind, True) for c in lines}
+
+
+def cleared(notebook, first: int = 0):
+    """Return the notebook, cleared of outputs from a cell on."""
+    for cell in code_cells(notebook)[first:]:
+        cell.outputs = []
+    return notebook
+
+
+def as_they_are(chapter: str):
+    return nbformat.read(NOTEBOOKS / f"{chapter}.ipynb", as_version=4)
+
+
+STATES = {
+    "all have run": {},
+    "none has run": dict.fromkeys(OTHERS, cleared),
+    "learner copies": dict.fromkeys(OTHERS, learner.learner_copy),
+    "chapter 7 comes later": {"07_pruning_distillation": cleared},
+    "chapter 3 stopped half-way": {"03_qat": lambda notebook: cleared(notebook, 30)},
+    "copies of the others": dict.fromkeys(OTHERS, "Copy1"),
+    "it stands alone": dict.fromkeys(OTHERS),
+    "files that are no notebooks": dict(
+        zip(OTHERS, ("", "{", "[]", "null", "<<<<<<<", '{"cells": 1}'), strict=True)
+    ),
+}
+
+
+def lay_out(folder: Path, change: dict, apart: bool) -> Path:
+    """Put the other chapters beside chapter 6, or each in a folder; return where chapter 6 is."""
+    for chapter in OTHERS:
+        work = change.get(chapter, lambda notebook: notebook)
+        home = folder / chapter if apart else folder
+        home.mkdir(exist_ok=True)
+        if callable(work):
+            nbformat.write(work(as_they_are(chapter)), home / f"{chapter}.ipynb")
+        elif work == "Copy1":
+            shutil.copy(NOTEBOOKS / f"{chapter}.ipynb", home / f"{chapter}-Copy1.ipynb")
+        elif work is not None:
+            (home / f"{chapter}.ipynb").write_text(work, encoding="utf8")
+    here = folder / CHAPTER if apart else folder
+    here.mkdir(exist_ok=True)
+    return here
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["beside it", "as nbgrader lays them out"])
+@pytest.mark.parametrize("state", STATES)
+def test_the_verdicts_that_are_there_are_shown(state, apart, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "class"
+    folder.mkdir()
+    monkeypatch.chdir(lay_out(folder, STATES[state], apart))
+    monkeypatch.setattr(claims, "REGISTRY", own_claims())
+    namespace = {"json": json, "re": re, "Path": Path, "namedtuple": namedtuple, "lk": labkit}
+    namespace["pd"] = pandas
+    for cell in section_12():
+        exec(cell.source, namespace)  # raises nothing, whatever is there
+    said = capsys.readouterr().out
+    home = folder.glob("*/*.ipynb" if apart else "*.ipynb")
+    stated = {name for path in home for name in printed_in(path)} | own_claims().keys()
+    named = {id: names.split() for id, names in namespace["EVIDENCE"].items()}
+    complete = {id for id, names in named.items() if stated.issuperset(names)}
+    assert f"{len(complete)} of 21 verdicts have all claims" in said
+    assert "✓ verdicts-all: " in said
+    table = namespace["verdicts"].set_index("claim")
+    assert {id for id in table.index if table.verdict[id] != "open"} == complete
+    for chapter in OTHERS:
+        lost = {*namespace["MADE_IN"][chapter].split()} - stated
+        lines = [line for line in said.splitlines() if line.startswith(f"{chapter}.ipynb: run it")]
+        assert [set(re.findall(r"[\w-]+", line.partition("yet: ")[2])) for line in lines] == (
+            [lost] if lost else []
+        )
+        needy = [id for id, names in named.items() if lost.intersection(names)]
+        assert all(f"{chapter}.ipynb" in table["when, or why not"][id] for id in needy)
+
+
+def section_12() -> list:
+    cells = code_cells(as_they_are(CHAPTER))
+    first = next(i for i, cell in enumerate(cells) if cell.source.startswith("LINE = re"))
+    return cells[first:]
+
+
+def printed_in(path: Path) -> set[str]:
+    """Return the ids of the claims that a chapter printed; none if the file is no chapter."""
+    try:
+        notebook = notebooks.read(path) if path.name in NAMES else nbformat.v4.new_notebook()
+    except notebooks.NotebookError:
+        return set()
+    return {claim.id for claim in claims_of(notebook)}
+
+
+def test_it_knows_which_notebook_states_what(verdicts):
+    named = set(" ".join(verdicts["EVIDENCE"].values()).split())
+    for chapter, names in verdicts["MADE_IN"].items():
+        assert set(names.split()) == named & printed_in(NOTEBOOKS / f"{chapter}.ipynb"), chapter
+    assert tuple(verdicts["MADE_IN"]) == OTHERS
 
 
 def test_the_record_holds_every_strategy_once():

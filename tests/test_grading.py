@@ -1,5 +1,6 @@
 """A course through nbgrader: generated, fetched, submitted by five learners, graded, fed back."""
 
+import copy
 import html
 import os
 import re
@@ -83,6 +84,90 @@ def killer(notebook) -> None:
     cells["1.2"].stub.source += "\nimport os\nos._exit(0)"
 
 
+# Submissions as they turn up in `submitted`, named so that they come before the others.
+
+
+def once_more(cell, **marks):
+    made = copy.deepcopy(cell)
+    made.id = "again"
+    made.metadata.nbgrader |= marks
+    return made
+
+
+def twice(notebook) -> None:
+    solve(notebook, *STARS)
+    check = exercise_cells.exercises_of(notebook)["1.2"].check
+    notebook.cells.append(once_more(check))
+
+
+def stub_twice(notebook) -> None:
+    stub = exercise_cells.exercises_of(notebook)["1.2"].stub
+    notebook.cells.insert(0, once_more(stub))
+
+
+def unmarked(notebook) -> None:
+    for each in notebook.cells:
+        each.metadata.pop("nbgrader", None)
+
+
+def marks_changed(notebook, **changed) -> None:
+    for each in notebook.cells:
+        if mark := each.metadata.get("nbgrader"):
+            mark |= changed
+            for key in [key for key, value in changed.items() if value is None]:
+                del mark[key]
+
+
+def foreign(notebook) -> None:
+    stub = exercise_cells.exercises_of(notebook)["1.2"].stub
+    notebook.cells.append(once_more(stub, grade_id="answer-2-1"))
+
+
+def without_an_exercise(notebook) -> None:
+    solve(notebook, *STARS)
+    cells = exercise_cells.exercises_of(notebook)["1.4"]
+    notebook.cells = [c for c in notebook.cells if c not in (cells.stub, cells.check)]
+
+
+def old_format(notebook) -> str:
+    return nbformat.v3.writes_json(nbformat.convert(notebook, 3))
+
+
+def chapter_2(notebook) -> str:
+    path = learner.NOTEBOOKS / "02_ptq.ipynb"
+    return nbformat.writes(grading.source_notebook(notebooks.read(path)))
+
+
+UNSOUND = {  # what the teacher reads of each
+    "twice": (twice, "more than one cell is check-1-2: delete all but the one that counts"),
+    "stub-twice": (stub_twice, "more than one cell is answer-1-2"),
+    "unmarked": (unmarked, "no cell has marks of this assignment"),
+    "chapter-2": (chapter_2, "no cell has marks of this assignment"),
+    "no-schema": (lambda n: marks_changed(n, schema_version=None), "are damaged"),
+    "old-schema": (lambda n: marks_changed(n, schema_version=1), "are damaged"),
+    "new-schema": (lambda n: marks_changed(n, schema_version=4), "are damaged"),
+    "no-id": (lambda n: marks_changed(n, grade_id=None), "are damaged"),
+    "no-kind": (lambda n: marks_changed(n, solution=None), "are damaged"),
+    "foreign": (foreign, "answer-2-1 belongs to another assignment: delete the cell"),
+    "gone": (without_an_exercise, "answer-1-4, check-1-4 are gone: copy these cells"),
+    "old-format": (old_format, "not a notebook of format 4"),
+    "empty": (lambda n: "", "the file is empty: ask for the notebook again"),
+    "half": (lambda n: nbformat.writes(n)[:5000], "not a notebook of format 4"),
+    "number": (lambda n: "1", "not a notebook of format 4"),
+    "texts": (lambda n: '{"nbformat": 4, "cells": ["a"]}', "not a notebook of format 4"),
+    "conflict": (lambda n: "<<<<<<< HEAD\n" + nbformat.writes(n), "not a notebook of format 4"),
+}
+
+
+def hand_in(course: Path, name: str, work) -> None:
+    """Put a submission where `nbgrader collect` would."""
+    path = course / "submitted" / f"0-{name}" / CHAPTER / f"{CHAPTER}.ipynb"
+    path.parent.mkdir(parents=True)
+    notebook = nbformat.read(course / "release" / CHAPTER / path.name, as_version=4)
+    text = work(notebook)
+    path.write_text(nbformat.writes(notebook) if text is None else text, encoding="utf8")
+
+
 LEARNERS = {f.__name__: f for f in (solved, unsolved, half, hostile, killer)}
 # An answer that ends the kernel leaves nothing to grade: nbgrader names the learner and goes on.
 NOTHING = dict.fromkeys(STARS, 0)
@@ -115,6 +200,8 @@ def course(tmp_path_factory):
         home.mkdir()
         take_part(home, name, work)
     nbgrader(course, "collect", CHAPTER)
+    for name, (work, _) in UNSOUND.items():
+        hand_in(course, name, work)
     log = nbgrader(course, "autograde", CHAPTER, "--Execute.timeout=20", fails=True)
     (course / "autograde.log").write_text(log, encoding="utf8")
     nbgrader(course, "generate_feedback", CHAPTER)
@@ -152,6 +239,32 @@ def test_who_ends_the_kernel_is_named_and_gets_no_feedback(course):
         assert not (course / folder / "killer" / CHAPTER).exists()
     log = (course / "autograde.log").read_text(encoding="utf8")
     assert f"error processing assignment '{CHAPTER}' for student 'killer'" in log
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+def test_what_cannot_be_graded_is_named_and_stops_nobody(course, name):
+    log = (course / "autograde.log").read_text(encoding="utf8")
+    assert f"error processing assignment '{CHAPTER}' for student '0-{name}'" in log
+    path = rf"\S*/submitted/0-{name}/{CHAPTER}/{CHAPTER}\.ipynb"
+    (said,) = set(re.findall(rf"Unsound: {path}: (.+)", log))
+    assert UNSOUND[name][1] in said
+    assert said.endswith(f"; then run: nbgrader autograde {CHAPTER} --student=0-{name}")
+    for folder in ("autograded", "feedback"):
+        assert not (course / folder / f"0-{name}" / CHAPTER).exists()
+
+
+def test_the_guide_counts_them():
+    guide = (learner.NOTEBOOKS / "TEACHING.md").read_text(encoding="utf8")
+    assert f"five learners and {len(UNSOUND)} spoiled files" in " ".join(guide.split())
+
+
+def test_a_mended_submission_is_graded(course):
+    path = course / "submitted" / "0-twice" / CHAPTER / f"{CHAPTER}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells = [each for each in notebook.cells if each.id != "again"]
+    nbformat.write(notebook, path)
+    nbgrader(course, "autograde", CHAPTER, "--student=0-twice")
+    assert scores(course, "0-twice") == STARS
 
 
 def test_the_release_has_locked_checks_and_untouched_stubs(course):

@@ -1,4 +1,4 @@
-"""The W8A8 engine against 64-bit integers, with the engine asked and with the lowest bit apart."""
+"""The W8A8 engine against 64-bit integers, as it is and with what overflows elsewhere apart."""
 
 import copy
 import pickle
@@ -7,22 +7,38 @@ import pytest
 import torch
 from torch import nn
 
+from labkit import int8
 from labkit.int8 import Int8Linear, with_int8_linears
 from labkit.quant import choose_qparams
 
 
+@pytest.fixture(params=[False, True], ids=["as it is", "apart"])
+def apart(request, monkeypatch):
+    """Whether the layer has to spare the engine what overflows on x86 without VNNI."""
+    if request.param:
+        monkeypatch.setattr(int8, "_exact", lambda engine: False)
+    return request.param
+
+
+def _codes_of(rows, layer):
+    """Codes less their zero point, int64, and their scale: torch's own where it finds it."""
+    if layer.bits == 8 and (len(rows) == 1 or not layer.per_token):
+        found = torch.quantize_per_tensor_dynamic(rows, torch.quint8, False)
+        return found.int_repr().long() - found.q_zero_point(), torch.tensor(found.q_scale())
+    scale, zero = choose_qparams(rows, layer.bits, dim=-1 if layer.per_token else None)
+    codes = ((rows / scale).round() + zero).clamp(0, 2**layer.bits - 1)
+    return codes.long() - zero.long(), scale
+
+
 def exactly(layer, linear, x):
     """What the layer should return, by 64-bit integers and float64 scales."""
-    scale, zero = choose_qparams(x.flatten(0, -2), layer.bits, dim=-1 if layer.per_token else None)
-    rows = (x.flatten(0, -2) / scale).round() + zero
-    rows = rows.clamp(0, 2**layer.bits - 1).long() - zero.long()
+    rows, scale = _codes_of(x.flatten(0, -2), layer)
     sums = (rows.numpy() @ layer.codes.long().numpy().T) * scale.double().numpy()
     out = torch.from_numpy(sums) * layer.scale.double()
     out = out if linear.bias is None else out + linear.bias.double()
     return out.unflatten(0, x.shape[:-1])
 
 
-@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("bits", [7, 8])
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("shape", [(1, 576), (3, 40, 576), (2, 1536)])
@@ -31,21 +47,43 @@ def test_it_computes_what_integers_say(shape, per_token, bits, apart):
     linear = nn.Linear(shape[-1], 96, bias=shape[0] > 1)
     x = torch.randn(shape) * torch.rand(*shape[:-1], 1) * 5 + 0.5
     layer = Int8Linear(linear, per_token, bits)
-    layer._pack()
-    layer._exact = layer._exact and not apart
     found, wanted = layer(x), exactly(layer, linear, x)
     assert found.dtype == torch.float32
     assert (found - wanted).abs().max() < 1e-6 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_it_is_exact_where_16_bit_sums_overflow(apart):
-    linear = nn.Linear(512, 8, bias=False)
+@pytest.mark.parametrize("n_inputs", [512, 511])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_it_is_exact_where_16_bit_sums_overflow(per_token, n_inputs, apart):
+    linear = nn.Linear(n_inputs, 8, bias=False)
     linear.weight.data.fill_(1.0)
-    layer = Int8Linear(linear)
-    layer._pack()
-    layer._exact = layer._exact and not apart
-    assert torch.allclose(layer(torch.ones(4, 512)), torch.full((4, 8), 512.0), rtol=1e-6)
+    found = Int8Linear(linear, per_token)(torch.ones(4, n_inputs))
+    assert torch.allclose(found, torch.full((4, 8), float(n_inputs)), rtol=1e-6)
+
+
+def test_what_is_taken_off_leaves_sums_of_neighbors_that_fit_and_is_little():
+    torch.manual_seed(0)
+    for codes in (
+        torch.randint(-128, 128, (40, 101), dtype=torch.int8),
+        torch.full((2, 64), -128, dtype=torch.int8),
+        Int8Linear(nn.Linear(576, 64)).codes,
+        Int8Linear(_normal(576, 64)).codes,
+    ):
+        rest = int8._too_much(codes)
+        left = nn.functional.pad((codes - rest).int(), (0, codes.shape[1] % 2)).unflatten(
+            1, (-1, 2)
+        )
+        assert torch.equal(codes - rest + rest, codes)
+        assert (codes.int() - rest).abs().max() <= 128
+        for sign in (-1, 1):
+            assert (sign * left).clamp(min=0).sum(-1).max() * 255 <= 32767 + (sign < 0)
+    assert (rest != 0).float().mean() < 0.02
+
+
+def _normal(n_inputs, n_outputs):
+    linear = nn.Linear(n_inputs, n_outputs)
+    nn.init.normal_(linear.weight)
+    return linear
 
 
 def test_tokens_with_their_own_scale_do_not_feel_one_another():

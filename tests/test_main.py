@@ -1,5 +1,6 @@
 """The command line: help, doctor, fetch, and refresh on notebooks made for it."""
 
+import errno
 import json
 import re
 import shutil
@@ -269,6 +270,7 @@ def test_doctor_finds_this_machine_ready():
         "torch 2.13.0",
         "memory:",
         "disk:",
+        "kernels: compiled once, then kept in",
         "instruction sets:",
         "INT8 engine:",
         "SmolLM2",
@@ -380,6 +382,46 @@ def test_doctor_goes_on_after_a_check_that_breaks(monkeypatch, capsys):
         "    → do this",
         "1 problem(s) to mend.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (PermissionError(errno.EACCES, "denied", "/a/file"), "may not read or write /a/file"),
+        (OSError(errno.EROFS, "read-only", "/a/file"), "may not read or write /a/file"),
+        (OSError(errno.ENOSPC, "full", "/a/file"), "no room is left at /a/file"),
+        (MemoryError(), "close other programs"),
+        (OSError("libtorch.so: cannot open shared object file"), "pip install -e ."),
+        (AttributeError("no such name"), "pip install -e ."),
+    ],
+)
+def test_doctor_tells_an_error_of_the_machine_from_a_broken_installation(
+    monkeypatch, capsys, error, remedy
+):
+    def check_things():
+        raise error
+        yield
+
+    monkeypatch.setattr(doctor, "CHECKS", (check_things,))
+    assert doctor.examine() == 1
+    assert remedy in capsys.readouterr().out
+    assert ("install" in doctor.remedy_of(error)) == ("install" in remedy)
+
+
+def test_doctor_says_how_to_get_pip_where_there_is_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("LABKIT_CACHE", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for _, text, remedy in findings(doctor.check_fetched):
+        assert "not in the cache" in text
+        assert remedy.index("uv pip install pip") < remedy.index("python -m labkit fetch")
+
+
+def test_doctor_says_that_kernels_cannot_be_kept(monkeypatch):
+    from labkit import matvec
+
+    monkeypatch.setattr(matvec, "KEPT", False)
+    ((status, text, remedy),) = findings(doctor.check_kernels)
+    assert (status, "kernels" in text, "NUMBA_CACHE_DIR" in remedy) == ("warning", True, True)
 
 
 def test_doctor_does_not_fail_on_a_warning(monkeypatch, capsys):

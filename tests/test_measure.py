@@ -230,6 +230,7 @@ def test_paired_difference_by_hand():
     found = measure.paired_difference(other, reference)
     assert found.nats == pytest.approx(0.6)
     assert found.standard_error == pytest.approx(0.1 / math.sqrt(3))
+    assert found.margin == pytest.approx(4.302653 * found.standard_error)  # t for three windows
     assert found.ratio == pytest.approx(math.exp(0.6))
     assert found.verdict == "worse"
     assert measure.paired_difference(reference, other).verdict == "better"
@@ -242,7 +243,10 @@ def test_a_difference_inside_the_error_bar_is_a_tie():
     wobbly = measure.paired_difference(scored([[1.3], [0.9], [1.1]]), reference)
     assert wobbly.nats == pytest.approx(0.1)
     assert wobbly.verdict == "tie"
-    edge = dataclasses.replace(wobbly, nats=0.1, standard_error=0.05)
+    between = measure.paired_difference(scored([[1.3], [1.1], [1.2]]), reference)
+    assert 2 < between.nats / between.standard_error < 4.3  # two standard errors would not do
+    assert between.verdict == "tie"
+    edge = dataclasses.replace(wobbly, nats=0.1, margin=0.1)
     assert edge.verdict == "tie"
     assert dataclasses.replace(edge, nats=0.11).verdict == "worse"
 

@@ -1,8 +1,11 @@
 """Figures follow the style of the book, and come with their text."""
 
 import base64
+import io
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -12,6 +15,7 @@ import labkit as lk
 from labkit import plotting
 
 mpl.use("agg")
+ROOT = Path(__file__).parent.parent
 ALT = "A line rises from one to three."
 
 
@@ -46,13 +50,70 @@ def test_a_figure_without_a_sentence_is_refused(displayed, alt):
 
 
 def test_the_same_figure_gives_the_same_bytes():
-    def picture() -> bytes:
-        figure, axes = lk.subplots(1, 2)
-        axes[0].plot([1, 2, 3])
-        axes[1].bar(["a", "b"], [1, 2])
-        return plotting.png(figure)
-
     assert picture() == picture()
+
+
+def picture() -> bytes:
+    """Draw a figure with all that a style can touch: title, labels, ticks, legend, lines, bars."""
+    figure, axes = lk.subplots(1, 2)
+    axes[0].plot([1, 2, 3], label="a line")
+    axes[0].set(title="A finding", xlabel="x", ylabel="y")
+    axes[0].legend(title="kinds")
+    axes[1].bar(["a", "b"], [1, 2])
+    axes[1].text(0, 1, "a note")
+    figure.suptitle("Both")
+    return plotting.png(figure)
+
+
+def set_ugly_numbers():
+    mpl.rcParams.update({"font.size": 24, "figure.figsize": (2, 9), "axes.grid": False})
+    mpl.rcParams.update({"savefig.dpi": 40, "savefig.bbox": "tight", "savefig.pad_inches": 2})
+    mpl.rcParams.update({"xtick.labelsize": 30, "text.color": "white", "savefig.transparent": True})
+
+
+NAMES = ("dark_background", "ggplot", "classic", "fivethirtyeight", "seaborn-v0_8-darkgrid")
+STYLES = {name: (lambda name=name: plt.style.use(name)) for name in NAMES}
+STYLES |= {"numbers": set_ugly_numbers, "xkcd": plt.xkcd}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_figures_look_the_same_in_any_style(style):
+    expected = picture()
+    with mpl.rc_context():
+        STYLES[style]()
+        assert picture() == expected
+
+
+def test_a_style_set_between_drawing_and_showing_changes_no_background():
+    with mpl.rc_context():
+        figure, axes = lk.subplots()
+        axes.plot([1, 2, 3])
+        expected = plotting.png(figure)
+        figure, axes = lk.subplots()
+        axes.plot([1, 2, 3])
+        plt.style.use("dark_background")
+        assert plotting.png(figure) == expected
+
+
+def test_text_is_dark_on_white_under_a_dark_matplotlibrc(tmp_path):
+    style = plt.style.library["dark_background"]
+    lines = [
+        f"{key}: {str(value).lstrip('#')}" for key, value in style.items() if "cycle" not in key
+    ]
+    (tmp_path / "matplotlibrc").write_text("\n".join([*lines, "font.size: 30"]), encoding="utf8")
+    code = (
+        "import sys, matplotlib as mpl; mpl.use('agg'); assert mpl.rcParams['font.size'] == 30; "
+        "sys.path.insert(0, 'tests'); import test_plotting; "
+        "sys.stdout.buffer.write(test_plotting.picture())"
+    )
+    environment = os.environ | {"MATPLOTLIBRC": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, cwd=ROOT, check=True
+    )
+    assert done.stdout == picture()
+    pixels = plt.imread(io.BytesIO(done.stdout))[..., :3]
+    assert (pixels[:3] == 1).all()  # the border is white
+    assert (pixels[:60].max(-1) < 0.2).sum() > 50  # the title is black
 
 
 def test_subplots_follow_the_style_and_leave_matplotlib_alone():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from labkit import kernels, qat, quant
 from labkit.ptq import LINEARS, calibrate
 
 CHAPTER = "07_pruning_distillation"
+SPARSE_GPT = ("keep_largest", "keep_in_layers", "inverse_root", "rounder", "settle", "sparse_gpt")
+HEAL = ("soft_loss", "through", "logits_of", "distance", "heal")
 RECORDS = ROOT / "notebooks" / "records"
 
 
@@ -22,7 +25,8 @@ def functions(*names, **known) -> dict:
     """Return a namespace with functions that the chapter teaches."""
     space = {"torch": torch, "nn": nn, "copy": copy, "qat": qat, "LINEARS": LINEARS}
     space |= {name: getattr(quant, name) for name in ("pack_bits", "group_qparams")}
-    space |= {"calibrate": calibrate, "PackedLinear": kernels.PackedLinear} | known
+    space |= {"calibrate": calibrate, "PackedLinear": kernels.PackedLinear, "partial": partial}
+    space |= known
     for name in names:
         exec(taught(CHAPTER, name), space)
     return space
@@ -67,7 +71,7 @@ def brain_surgeon(weight, hessian, sparsity, round_input=lambda column, j: colum
 @pytest.mark.parametrize("inputs", [12, 64, 160])
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
 def test_sparsegpt_is_the_brain_surgeon_in_order(inputs, sparsity):
-    space = functions("keep_largest", "keep_in_layers", "sparse_gpt")
+    space = functions(*SPARSE_GPT)
     weight, hessian = problem(inputs)
     expected = brain_surgeon(weight, hessian, sparsity)
     found = space["sparse_gpt"](weight, hessian, sparsity)
@@ -76,7 +80,7 @@ def test_sparsegpt_is_the_brain_surgeon_in_order(inputs, sparsity):
 
 
 def test_sparsegpt_rounds_in_the_same_pass():
-    space = functions("keep_largest", "keep_in_layers", "to_grid", "sparse_gpt")
+    space = functions(*SPARSE_GPT)
     weight, hessian = problem(128)
     scale, zero_point = grid = quant.group_qparams(weight, 64)
 
@@ -93,7 +97,7 @@ def test_sparsegpt_rounds_in_the_same_pass():
 
 def test_without_pruning_it_is_gptq_in_the_same_order():
     """An input of falling power keeps GPTQ's order, so that both do the same."""
-    space = functions("keep_largest", "keep_in_layers", "to_grid", "sparse_gpt")
+    space = functions(*SPARSE_GPT)
     weight, hessian = problem(64)
     order = hessian.diagonal().argsort(descending=True)
     weight, hessian = weight[:, order].contiguous(), hessian[order][:, order].contiguous()
@@ -104,7 +108,7 @@ def test_without_pruning_it_is_gptq_in_the_same_order():
 
 
 def test_sparsegpt_survives_an_input_that_never_fires():
-    space = functions("keep_largest", "keep_in_layers", "sparse_gpt")
+    space = functions(*SPARSE_GPT)
     weight, hessian = problem(16)
     hessian[3], hessian[:, 3] = 0, 0
     found = space["sparse_gpt"](weight, hessian, 0.5)
@@ -114,7 +118,7 @@ def test_sparsegpt_survives_an_input_that_never_fires():
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_layers_in_one_loop_are_pruned_as_each_alone(bits):
-    space = functions("keep_largest", "keep_in_layers", "to_grid", "sparse_gpt")
+    space = functions(*SPARSE_GPT)
     weights = [problem(128, rows, seed)[0] for seed, rows in enumerate((4, 7, 2))]
     hessian, stacked = problem(128)[1], torch.cat(weights)
     grids = [quant.group_qparams(w, 64, bits) if bits < 16 else None for w in (*weights, stacked)]
@@ -126,7 +130,7 @@ def test_layers_in_one_loop_are_pruned_as_each_alone(bits):
 
 
 def test_all_layers_are_pruned_in_place_onto_the_grids_that_come_back(model, ids):
-    space = functions("keep_largest", "keep_in_layers", "to_grid", "sparse_gpt", "prune_all")
+    space = functions(*SPARSE_GPT, "prune_together", "prune_all")
     statistics = [inputs for _, inputs in calibrate(model, ids, propagate=False)]
     net = copy.deepcopy(model)
     grids = space["prune_all"](net, statistics, space["sparse_gpt"], 0.5, 4)
@@ -156,14 +160,14 @@ def test_two_of_four_keeps_the_two_largest():
 
 
 def test_sparsegpt_in_the_pattern():
-    space = functions("keep_largest", "two_of_four", "sparse_gpt")
+    space = functions(*SPARSE_GPT, "two_of_four")
     weight, hessian = problem(128)
     found = space["sparse_gpt"](weight, hessian, 0.5, choose=space["two_of_four"])
     assert ((found.unflatten(1, (-1, 4)) == 0).sum(-1) == 2).all()
 
 
 def test_what_stays_makes_good_for_what_goes():
-    space = functions("keep_largest", "keep_in_layers", "sparse_gpt")
+    space = functions(*SPARSE_GPT)
     weight, hessian = problem(64)
     found = space["sparse_gpt"](weight, hessian, 0.5)
     errors = [new - weight for new in (found, weight * (found != 0))]
@@ -219,7 +223,7 @@ def test_fewer_heads_compute_what_masked_ones_do():
     torch.manual_seed(0)
     model = type(lk.load_model("tiny", device="cpu")[0])(config).eval()
     ids = torch.arange(64).view(2, 32)
-    space = functions("thinner", "with_fewer_heads")
+    space = functions("thinner", "strongest_heads", "with_fewer_heads")
     statistics = [inputs for _, inputs in calibrate(model, ids, propagate=False)]
     small = space["with_fewer_heads"](copy.deepcopy(model), 2, statistics)
     for old, new in zip(model.model.layers, small.model.layers, strict=True):
@@ -260,7 +264,7 @@ def test_the_soft_loss_is_the_divergence_of_torch(temperature):
 
 @pytest.mark.parametrize("goal", ["states", "answers", "labels"])
 def test_healing_trains_the_blocks_around_the_gap_alone(model, ids, goal):
-    space = functions("without_layers", "soft_loss", "through", "logits_of", "heal", model=model)
+    space = functions("without_layers", *HEAL, model=model)
     student = space["without_layers"](copy.deepcopy(model), {2})
     before = {name: p.clone() for name, p in student.named_parameters()}
     losses = space["heal"](student, [ids] * 12, 1, 3, goal)
@@ -272,7 +276,7 @@ def test_healing_trains_the_blocks_around_the_gap_alone(model, ids, goal):
 
 @pytest.mark.parametrize("goal", ["states", "answers"])
 def test_a_student_that_lacks_nothing_has_nothing_to_learn(model, ids, goal):
-    space = functions("soft_loss", "through", "logits_of", "heal", model=model)
+    space = functions(*HEAL, model=model)
     losses = space["heal"](copy.deepcopy(model), [ids], 1, 3, goal)
     assert abs(losses[0]) < 1e-6
 

@@ -15,6 +15,7 @@ from nbconvert.filters.markdown_mistune import markdown2html_mistune
 from test_grading import leaks, secret_lines
 
 from labkit.authoring import learner, teaching
+from labkit.authoring.notebooks import NAMES
 from labkit.exercises import registry
 
 NOTEBOOKS = teaching.GUIDE.parent
@@ -76,14 +77,13 @@ def test_the_times_are_those_of_the_record():
 
 
 def made_up_record() -> dict:
-    names = sorted(path.name for path in NOTEBOOKS.glob("[0-9]*.ipynb"))
     one = {"seconds": 119.6, "peak_nbytes": 2.64e9, "cells": 3, "slowest": [["a | b", 14.2]]}
     machine = {"cpu": "Some CPU", "physical cores": "2"}
     return {
         "date": "2026-11-26",
         "command": "pytest",
         "machine": machine,
-        "notebooks": {name: dict(one) for name in names},
+        "notebooks": {name: dict(one) for name in NAMES},
     }
 
 

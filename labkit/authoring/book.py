@@ -52,7 +52,7 @@ def build(destination: Path, chapters: Path = CHAPTERS) -> Path:
     Raises:
         BookError: if `destination` is something else, a package is missing, or Sphinx fails or
             warns.
-        FileNotFoundError: if there is no notebook in `chapters`.
+        FileNotFoundError: if there is no chapter in `chapters`.
         notebooks.NotebookError: if one cannot be read.
     """
     destination = destination.resolve()
@@ -117,9 +117,9 @@ def write_source(chapters: Path, source: Path) -> None:
 
     Args, errors: as in `build`; `source` is a folder that does not exist.
     """
-    paths = sorted(chapters.glob("*.ipynb"))
+    paths = notebooks.chapters_in(chapters)
     if not paths:
-        raise FileNotFoundError(f"no notebook in {chapters.absolute()}")
+        raise FileNotFoundError(f"no notebook in {chapters.absolute()} is a chapter")
     figures = source / "extra" / "figures"
     figures.mkdir(parents=True)
     (source / "extra" / ".nojekyll").touch()  # else GitHub Pages would leave out _static

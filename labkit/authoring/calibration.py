@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from labkit import data, evaluation, machine, models, ptq, texts
+from labkit import data, evaluation, machine, models, ptq, texts, tuning
 
 RECORD = Path(__file__).parents[2] / "notebooks" / "records" / "02_calibration.jsonl"
 METHODS = {
@@ -23,14 +23,17 @@ METHODS = {
     "AWQ": {"scaling": True},
     "AWQ and clipping": {"scaling": True, "clipping": True},
     "GPTQ": {"compensation": True},
+    "clipping and GPTQ": {"clipping": True, "compensation": True},
+    "AWQ and GPTQ": {"scaling": True, "compensation": True},
     "all": {"scaling": True, "clipping": True, "compensation": True},
+    "all, tuned": {"scaling": True, "clipping": True, "compensation": True},
 }
 # One document, as the first edition had; each kind alone; all kinds in turn.
 TEXTS = ("reference-fit", *texts.CALIBRATION, "calibration")
 
 
 def measure(model, reference, ids: torch.Tensor | None, method: str, **grid) -> dict:
-    """Quantize a copy of a model; return seconds, and loss, KL and agreement by text.
+    """Quantize a copy of a model; return seconds, and loss, KL and agreement by text and window.
 
     Args:
         model: a Llama-type causal LM.
@@ -42,25 +45,29 @@ def measure(model, reference, ids: torch.Tensor | None, method: str, **grid) -> 
     quantized, start = copy.deepcopy(model), time.perf_counter()
     if method == "rounding":
         ids = next(iter(reference.ids.values()))[:1]  # statistics that nothing uses
-    for block, inputs in ptq.calibrate(quantized, ids):
+    grids = [
         ptq.quantize_block(block, inputs, **grid, **METHODS[method])
+        for block, inputs in ptq.calibrate(quantized, ids)
+    ]
+    if method.endswith("tuned"):
+        tuning.tune(quantized, grids, grid["group_size"], model, ids)
     seconds = time.perf_counter() - start
     found = {}
     for name, on in evaluation.quality(quantized, reference).items():
         estimates = {"loss": on.loss, "kl": on.kl, "same": on.same}
-        found[name] = {k: [_short(e.value), _short(e.margin)] for k, e in estimates.items()}
-    return {"seconds": round(seconds, 1), "on": found}
+        found[name] = {key: _by_window(estimate) for key, estimate in estimates.items()}
+    return {"seconds": round(seconds, 1), "peak_nbytes": machine.peak_nbytes(), "on": found}
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
+def _by_window(estimate: evaluation.Estimate) -> list[float]:
+    return [float(f"{value:.4g}") for value in estimate.by_window]
 
 
 def run(
     name: str,
     chosen: Sequence[tuple[str, str]],
     record: Path = RECORD,
-    n_windows: int = 200,
+    n_windows: int = 128,
     length: int = 128,
     judged: tuple[int, int] = (16, 256),
     **grid,
@@ -103,13 +110,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", choices=METHODS, help="default: all of them")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--windows", type=int, default=200, help="of 128 tokens")
+    parser.add_argument("--windows", type=int, default=128, help="of 128 tokens")
+    parser.add_argument("--shrink", type=float, default=0.1, help="see ptq.quantize_block")
     parser.add_argument("--record", type=Path, default=RECORD)
     asked = parser.parse_args(arguments)
     kinds = [asked.text] if asked.text else TEXTS
     methods = [asked.method] if asked.method else METHODS
     pairs = [(text, method) for text in kinds for method in methods]
-    grid = {"group_size": asked.group_size, "bits": asked.bits}
+    grid = {"group_size": asked.group_size, "bits": asked.bits, "shrink": asked.shrink}
     run("smollm2", pairs, asked.record, n_windows=asked.windows, **grid)
 
 

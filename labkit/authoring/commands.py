@@ -100,6 +100,9 @@ def _reset(chosen: argparse.Namespace) -> int:
     kept = learner.reset(chosen.chapter, chosen.folder)
     mine = kept.stem.endswith("_mine")
     print(f"Your work is now {kept}." if mine else f"{kept} is fresh; there was nothing to keep.")
+    copies = [path for path in learner.copies_of(chosen.chapter, kept.parent) if path != kept]
+    if copies:
+        print(f"Copies, left as they are: {', '.join(map(str, copies))}.")
     return 0
 
 

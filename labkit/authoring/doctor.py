@@ -1,13 +1,16 @@
 """Examine this machine: what works, what does not, and how to mend it."""
 
 import contextlib
+import errno
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
 import sys
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 from labkit import python_version
@@ -15,7 +18,11 @@ from labkit import python_version
 MEMORY_OF_A_CHAPTER = 3_500_000_000  # bytes: the budget every chapter keeps
 MEMORY_NEEDED = 2_000_000_000  # below this not even SmolLM2 can be converted
 REINSTALL = "in the folder of the workbook, run: python -m pip install -e ."
+if importlib.util.find_spec("pip") is None:  # as in environments that uv makes
+    REINSTALL = "in the folder of the workbook, run: uv pip install -e ."
+KEEP_KERNELS = "set NUMBA_CACHE_DIR to a folder that you can write and that stays"
 FETCH = "python -m labkit fetch"
+ROOM = f"close other programs; a chapter takes up to {MEMORY_OF_A_CHAPTER / 1e9:.1f} GB of memory"
 MARKS = {"ok": "✓", "warning": "!", "failed": "✗"}
 
 
@@ -35,12 +42,25 @@ def examine() -> int:
             findings = list(check())
         except Exception as error:  # a broken installation can fail anywhere; the report goes on
             subject = check.__name__.removeprefix("check_").replace("_", " ")
-            findings = [Finding("failed", f"{subject}: {type(error).__name__}: {error}", REINSTALL)]
+            text = f"{subject}: {type(error).__name__}: {error}"
+            findings = [Finding("failed", text, remedy_of(error))]
         for status, text, remedy in findings:
             failures += status == "failed"
             print(f"{MARKS[status]} {text}" + (f"\n    → {remedy}" if remedy else ""), flush=True)
     print(f"{failures} problem(s) to mend." if failures else "This machine is ready.")
     return int(failures > 0)
+
+
+def remedy_of(error: Exception) -> str:
+    """Return what helps against an error that no check foresaw."""
+    number, place = getattr(error, "errno", None), getattr(error, "filename", None) or "the folder"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"you may not read or write {place}: ask its owner, or work in a copy of your own"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"no room is left at {place}: free some, or set LABKIT_CACHE to another disk"
+    if isinstance(error, MemoryError) or number == errno.ENOMEM:
+        return ROOM
+    return REINSTALL
 
 
 def check_python() -> Iterable[Finding]:
@@ -73,15 +93,18 @@ def check_packages() -> Iterable[Finding]:
 
 
 def check_memory() -> Iterable[Finding]:
-    """See whether a chapter fits into the free memory."""
-    import psutil
+    """See whether a chapter fits into the free memory, of this machine or of its container."""
+    from labkit import limits
 
-    memory = psutil.virtual_memory()
+    memory, remedy = limits.memory(), ROOM
     text = f"memory: {memory.available / 1e9:.1f} GB free of {memory.total / 1e9:.1f} GB"
+    if memory.total < memory.machine:
+        text += f", a limit set for this container; the machine has {memory.machine / 1e9:.1f} GB"
+        if memory.total < MEMORY_OF_A_CHAPTER:
+            remedy = f"give the container {MEMORY_OF_A_CHAPTER / 1e9:.1f} GB, as a chapter may take"
     if memory.available >= MEMORY_OF_A_CHAPTER:
         return [Finding("ok", text)]
     status = "warning" if memory.available >= MEMORY_NEEDED else "failed"
-    remedy = f"close other programs; a chapter takes up to {MEMORY_OF_A_CHAPTER / 1e9:.1f} GB"
     return [Finding(status, text, remedy)]
 
 
@@ -118,17 +141,34 @@ def check_hardware() -> Iterable[Finding]:
 
 def check_fetched() -> Iterable[Finding]:
     """See whether SmolLM2 and the texts lie in the cache, whole."""
-    from labkit import models, texts
+    from labkit import downloads, models, texts
 
+    pip = "" if importlib.util.find_spec("pip") else f"{downloads.GET_PIP}; then "
     for thing in (models.SMOLLM2, texts.GENSIM):
         status, size = thing.status(thorough=True), f"{thing.nbytes / 1e6:.0f} MB"
         if status == "ready":
             yield Finding("ok", f"{thing.title}: ready in {thing.folder}")
         elif status == "missing":
-            yield Finding("warning", f"{thing.title}: not in the cache", f"{FETCH} ({size}, once)")
+            yield Finding(
+                "warning", f"{thing.title}: not in the cache", f"{pip}{FETCH} ({size}, once)"
+            )
         else:
-            remedy = f"{FETCH} (sets the damaged files aside and fetches them again)"
+            remedy = f"{pip}{FETCH} (sets the damaged files aside and fetches them again)"
             yield Finding("failed", f"{thing.title}: {status}", remedy)
+
+
+def check_kernels() -> Iterable[Finding]:
+    """See whether Numba can keep the kernels that it compiles, which takes it half a minute."""
+    from labkit import matvec
+
+    if not matvec.KEPT:
+        text = "kernels: nowhere to keep them, so that each notebook compiles them again"
+        return [Finding("warning", text, KEEP_KERNELS)]
+    place = matvec.matvec_fp32.stats.cache_path
+    text = f"kernels: compiled once, then kept in {place}"
+    if Path(place).is_relative_to(matvec.TEMPORARY):
+        return [Finding("warning", f"{text}, which may be emptied", KEEP_KERNELS)]
+    return [Finding("ok", text)]
 
 
 def check_quantize_and_run() -> Iterable[Finding]:
@@ -166,5 +206,6 @@ CHECKS = (
     check_disk,
     check_hardware,
     check_fetched,
+    check_kernels,
     check_quantize_and_run,
 )

@@ -66,8 +66,10 @@ def names(cell) -> tuple[set[str], set[str]]:
 
 def _tree(cell) -> ast.Module:
     try:
-        return ast.parse(TransformerManager().transform_cell(cell.source))
-    except SyntaxError:
+        tree = ast.parse(TransformerManager().transform_cell(cell.source))
+        compile(tree, "cell", "exec")  # a parsed one may still not compile: a return outside
+        return tree
+    except (SyntaxError, ValueError):
         return ast.Module(body=[], type_ignores=[])
 
 

@@ -27,15 +27,17 @@ c.ClearSolutions.code_stub = {{"python": "{STUB}"}}
 # An endless loop is interrupted after this many seconds; the cells below it run all the same.
 c.Execute.timeout = 60
 c.Execute.interrupt_on_timeout = True
+# A submission that cannot be graded is named, and stops no other.
+c.Autograde.exporter_class = "labkit.authoring.submissions.Submission"
 '''
 
 
 def release_course(folder: Path) -> int:
     """Write a course that nbgrader accepts, and say what was done; as `learner.release`."""
     files = {"nbgrader_config.py": CONFIG.encode()}
-    for path in learner.chapters():
-        home = f"source/{path.stem}"
-        files[f"{home}/{path.name}"] = notebooks.as_bytes(source_notebook(notebooks.read(path)))
+    for name, notebook in learner.unanswered().items():
+        home = f"source/{Path(name).stem}"
+        files[f"{home}/{name}"] = notebooks.as_bytes(source_notebook(notebook))
         files |= {f"{home}/{name}": content for name, content in learner.records().items()}
     return learner.report(folder, learner.store(folder, files), "release --nbgrader")
 

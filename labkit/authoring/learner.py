@@ -1,16 +1,17 @@
 """Learner copies: what `python -m labkit release` and `reset` do."""
 
+import contextlib
 import copy
 import hashlib
 import importlib.metadata
 import json
 import re
-import subprocess
 import time
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
-from labkit.authoring import exercise_cells, notebooks
+from labkit.authoring import answers, exercise_cells, notebooks, released
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 MANIFEST = "MANIFEST.json"
@@ -22,14 +23,12 @@ class ReleaseError(RuntimeError):
 
 
 def chapters() -> list[Path]:
-    """Return the workbook's own notebooks, in reading order.
+    """Return the workbook's own chapters, in reading order.
 
     Raises:
         ReleaseError: if they are not beside this package.
     """
-    found = sorted(
-        path for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb") if "_mine" not in path.stem
-    )
+    found = notebooks.chapters_in(NOTEBOOKS)
     if not found:
         raise ReleaseError(
             f"no chapter in {NOTEBOOKS}: in a clone of the workbook, pip install -e ."
@@ -37,8 +36,35 @@ def chapters() -> list[Path]:
     return found
 
 
+def unanswered() -> dict[str, Any]:
+    """Return the chapters to be handed out, by file name, each an `nbformat.NotebookNode`.
+
+    Raises:
+        ReleaseError: if one gives an answer away, or an exercise is in pieces; names them all.
+    """
+    read, refused = {}, []
+    for path in chapters():
+        original = notebooks.read(released.packed(path.name))
+        read[path.name] = notebooks.read(path)
+        try:
+            found = answers.answers_in(read[path.name], original)
+        except notebooks.NotebookError as error:
+            refused.append(f"{path.name}: {error}")
+        else:
+            refused += [f"{path.name}, exercise {id}: {what}" for id, what in found.items()]
+    if refused:
+        listed = "\n".join(f"  {line}" for line in refused)
+        starts = sorted({line[:2] for line in refused})
+        resets = "\n".join(f"  python -m labkit reset {s} --folder {NOTEBOOKS}" for s in starts)
+        raise ReleaseError(
+            f"nothing was written; learners would get answers, or broken exercises:\n{listed}\n"
+            f"This puts a chapter back, and keeps yours under a dated name:\n{resets}"
+        )
+    return read
+
+
 def learner_copy(notebook, hints: bool = True):
-    """Return a copy of a chapter to work in: no outputs, no solutions; stubs as they are.
+    """Return a copy of a chapter to work in: no outputs, no solutions, in normal form.
 
     The links to the chapter on other machines go too: solutions are there.
 
@@ -55,7 +81,7 @@ def learner_copy(notebook, hints: bool = True):
     for found in exercise_cells.exercises_of(made).values():
         found.folded.source = exercise_cells.without_folds(found.folded.source, dropped)
     made.cells = [cell for cell in made.cells if cell.source]
-    return made
+    return notebooks.normalize(made)
 
 
 def records() -> dict[str, bytes]:
@@ -71,11 +97,11 @@ def release(folder: Path, hints: bool = True) -> int:
         The exit status: 1 if a file was left alone because somebody has worked in it.
 
     Raises:
-        ReleaseError: if `folder` is the workbook's own.
+        ReleaseError: if `folder` is the workbook's own, or as of `unanswered`.
     """
     files = {
-        path.name: notebooks.as_bytes(learner_copy(notebooks.read(path), hints))
-        for path in chapters()
+        name: notebooks.as_bytes(learner_copy(notebook, hints))
+        for name, notebook in unanswered().items()
     }
     return report(folder, store(folder, {**files, **records()}, hints=hints), "release")
 
@@ -108,12 +134,12 @@ def store(folder: Path, files: dict[str, bytes], **about) -> list[str]:
     """
     if folder.resolve() in (NOTEBOOKS, NOTEBOOKS.parent):
         raise ReleaseError(f"{folder} is the workbook's own folder; name a new one")
-    released, kept = manifest_of(folder).get("files", {}), []
+    before, kept = manifest_of(folder).get("files", {}), []
     for name, content in files.items():
         path = folder / name
         if path.exists():
-            now = digest(path.read_bytes())
-            if now not in (digest(content), released.get(name)):
+            now = digest(path.read_bytes()) if path.is_file() else None
+            if now not in (digest(content), before.get(name)):
                 kept.append(name)
                 continue
         notebooks.write_whole(path, content)
@@ -142,51 +168,86 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def full_name(chapter: str) -> str:
+    """Return the file name of the chapter that starts so.
+
+    Raises:
+        ReleaseError: if none or several do.
+    """
+    starting = [name for name in notebooks.NAMES if chapter and name.startswith(chapter)]
+    if len(starting) != 1:
+        names = ", ".join(notebooks.NAMES)
+        raise ReleaseError(f"chapter must start one of {names}; got {chapter!r}")
+    return starting[0]
+
+
 def reset(chapter: str, folder: Path | None = None) -> Path:
     """Put a fresh copy of a chapter in place; what stood there is kept under a dated name.
 
+    Fresh is the chapter as it was released, see `labkit.authoring.released`; in a folder that
+    `release` made, the learner copy.
+
     Args:
         chapter: how the name of the notebook starts, e.g. "01".
-        folder: where the learner works. None: here if the chapter is here, else `notebooks`.
+        folder: where the learner works. None: here if a chapter is here, else `notebooks`.
 
     Returns:
         Where the learner's work is now; the chapter itself, if there was nothing to keep.
 
     Raises:
-        ReleaseError: if no chapter or several start so, or there is no fresh copy to be had.
+        ReleaseError: as of `full_name`; if there is no such folder, or the file belongs to an
+            nbgrader course.
+        NotPacked: if there is no fresh copy to be had.
     """
-    starting = [path for path in chapters() if chapter and path.name.startswith(chapter)]
-    if len(starting) != 1:
-        names = ", ".join(path.name for path in chapters())
-        raise ReleaseError(f"chapter must start one of {names}; got {chapter!r}")
-    name = starting[0].name
+    name = full_name(chapter)
     if folder is None:
-        folder = Path() if Path(name).exists() else Path("notebooks")
+        here = any(Path(known).exists() for known in (*notebooks.NAMES, MANIFEST))
+        folder = Path() if here else Path("notebooks")
     if not folder.is_dir():
         raise ReleaseError(f"{folder} is no folder; --folder says where you work")
-    own, fresh = folder / name, _fresh(starting[0], folder)
-    if not own.exists() or own.read_bytes() == fresh:
-        notebooks.write_whole(own, fresh)
+    own, fresh = folder / name, _fresh(name, folder)
+    now = own.read_bytes() if own.is_file() else b""
+    if now == fresh:
         return own
-    kept = _free_name(own)
-    own.rename(kept)
-    notebooks.write_whole(own, fresh)
+    if b'"nbgrader"' in now:
+        raise ReleaseError(
+            f"{own} belongs to an nbgrader course, and its marks would be lost; rename it, then "
+            f"nbgrader fetch_assignment {own.stem} --replace brings a fresh one"
+        )
+    return _exchange(own, fresh)
+
+
+def _exchange(own: Path, fresh: bytes) -> Path:
+    # The fresh copy is complete before the learner's file moves.
+    aside = own.with_name(f".{own.name}.fresh")
+    notebooks.write_whole(aside, fresh)
+    kept = _free_name(own) if _is_there(own) else own
+    try:
+        if kept != own:
+            own.rename(kept)
+        aside.replace(own)
+    finally:
+        aside.unlink(missing_ok=True)
     return kept
 
 
-def _fresh(chapter: Path, folder: Path) -> bytes:
-    if folder.resolve() != chapter.parent:
-        hints = manifest_of(folder).get("hints", True)
-        return notebooks.as_bytes(learner_copy(notebooks.read(chapter), hints))
-    # The learner works in the workbook itself: only git still knows the chapter.
-    command = ["git", "show", f"HEAD:./{chapter.name}"]
-    try:
-        return subprocess.run(command, cwd=folder, capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        raise ReleaseError(
-            f"{folder} is the workbook itself, and git does not know {chapter.name}: clone the "
-            "workbook again, and work in copies made by: python -m labkit release DIR"
-        ) from None
+def _fresh(name: str, folder: Path) -> bytes:
+    manifest, home = manifest_of(folder), folder.resolve()
+    root = released.ROOT if home == NOTEBOOKS else home.parent
+    if not manifest:
+        with contextlib.suppress(released.NotPacked):
+            return released.packed(name, root).read_bytes()
+
+    def copied(path: Path) -> bytes:
+        hints = manifest.get("hints", True)
+        return notebooks.as_bytes(learner_copy(notebooks.read(path), hints))
+
+    # A teacher may have handed out a chapter that they had changed.
+    with contextlib.suppress(OSError, notebooks.NotebookError):
+        changed = copied(NOTEBOOKS / name)
+        if digest(changed) == manifest.get("files", {}).get(name):
+            return changed
+    return copied(released.packed(name))
 
 
 def _free_name(path: Path) -> Path:
@@ -195,4 +256,33 @@ def _free_name(path: Path) -> Path:
         f"{path.stem}_{stamp}{again}_mine.ipynb"
         for again in chain([""], map("_{}".format, count(2)))
     )
-    return next(kept for kept in map(path.with_name, names) if not kept.exists())
+    return next(kept for kept in map(path.with_name, names) if not _is_there(kept))
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()  # a link may lead nowhere
+
+
+def copies_of(chapter: str, folder: Path) -> list[Path]:
+    """Return the notebooks of a folder that are copies of a chapter, by name or by title.
+
+    Args:
+        chapter: how its name starts.
+        folder: where to look; the chapters themselves do not count.
+
+    Raises:
+        ReleaseError: as of `full_name`.
+    """
+    name = full_name(chapter)
+    title = _title(released.packed(name))
+    others = sorted(path for path in folder.glob("*.ipynb") if path.name not in notebooks.NAMES)
+    stem = Path(name).stem
+    return [p for p in others if p.is_file() and (stem in p.name or _title(p) == title)]
+
+
+def _title(path: Path) -> str | None:
+    try:
+        cells = notebooks.read(path).cells
+    except (OSError, notebooks.NotebookError):
+        return None
+    return next((c.source.partition("\n")[0] for c in cells if c.source.startswith("# ")), None)

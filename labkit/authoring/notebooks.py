@@ -14,11 +14,22 @@ from typing import NamedTuple
 from labkit import machine
 from labkit.authoring import folding
 
+# The chapters, in reading order. What else lies beside them is a copy, or a learner's own.
+NAMES = (
+    "01_basics.ipynb",
+    "02_ptq.ipynb",
+    "03_qat.ipynb",
+    "04_mixed_precision.ipynb",
+    "05_hardware.ipynb",
+    "06_comparison.ipynb",
+    "07_pruning_distillation.ipynb",
+)
 CELL_SECONDS = 600
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 _LASTING_METADATA = {"authors", "deletable", "editable", "jupyter", "slideshow", "tags", "title"}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_FORM = re.compile(r"\d\d(_[a-z]+)*(?<!_mine)")
 _PROGRESS_BAR = re.compile(r"\d+%\|.*\|\s*\S+/\S+ \[")
 
 
@@ -41,7 +52,7 @@ def read(path: Path):
         _give_ids(raw["cells"])
         raw["nbformat_minor"] = 5
         return nbformat.reads(json.dumps(raw), as_version=4)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise NotebookError(f"{path} is not a notebook of format 4 ({error!r})") from None
 
 
@@ -240,13 +251,22 @@ def write_whole(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
+def chapters_in(folder: Path) -> list[Path]:
+    """Return the chapters of the workbook that a folder holds, in reading order."""
+    return [folder / name for name in NAMES if (folder / name).is_file()]
+
+
 def chosen(folder: Path, chapters: list[str]) -> list[Path]:
-    """Return the notebooks of a folder whose names start as `chapters` say; none says: every one.
+    """Return the chapters of a folder whose names start as `chapters` say; none says: every one.
+
+    In a folder without a chapter of the workbook, every notebook counts whose name has their form:
+    two digits, then words in lowercase.
 
     Raises:
-        FileNotFoundError: if the folder holds no notebook, or a start fits none.
+        FileNotFoundError: if the folder holds none of them, or a start fits none.
     """
-    every = sorted(folder.glob("*.ipynb"))
+    others = sorted(path for path in folder.glob("*.ipynb") if _FORM.fullmatch(path.stem))
+    every = chapters_in(folder) or [path for path in others if path.is_file()]
     if not every:
         raise FileNotFoundError(f"no notebook in {folder.resolve()}; --folder says where they are")
     for chapter in chapters:
@@ -257,14 +277,9 @@ def chosen(folder: Path, chapters: list[str]) -> list[Path]:
 
 
 def refresh_folder(folder: Path, chapters: list[str]) -> int:
-    """Refresh the notebooks whose names start as `chapters` say; return the exit status.
+    """Refresh the chapters whose names start as `chapters` say; return the exit status.
 
-    Args:
-        folder: where they are.
-        chapters: starts of file names; none: every notebook.
-
-    Raises:
-        FileNotFoundError: if the folder holds no notebook, or a start fits none.
+    Args, errors: as of `chosen`.
     """
     status = 0
     for path in chosen(folder, chapters):

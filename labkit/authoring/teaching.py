@@ -130,7 +130,8 @@ def times(record: dict) -> str:
     for exercise in registry().values():
         chapters.setdefault(exercise.id.split(".")[0], []).append(exercise)
     try:
-        found = {str(int(name[:2])): (name, of) for name, of in record["notebooks"].items()}
+        known = {n: of for n, of in record["notebooks"].items() if n in notebooks.NAMES}
+        found = {str(int(name[:2])): (name, of) for name, of in known.items()}
         if missing := chapters.keys() - found.keys():
             raise GuideError(
                 f"the record of times lacks chapter {', '.join(sorted(missing))}: run "

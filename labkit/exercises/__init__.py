@@ -34,6 +34,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+import torch
+
 from labkit.exercises.judge import Exercise, Wrong
 
 __all__ = ["Exercise", "Verdict", "Wrong", "check", "registry", "verdict"]
@@ -93,6 +95,7 @@ def verdict(id: str, *answers: Callable) -> Verdict:
             contextlib.redirect_stdout(quiet),
             contextlib.redirect_stderr(quiet),
             warnings.catch_warnings(action="ignore"),
+            _torch_as_it_starts(),
         ):
             exercise.check(*answers)
     except Wrong as wrong:
@@ -101,6 +104,19 @@ def verdict(id: str, *answers: Callable) -> Verdict:
             message = message[0].upper() + message[1:]
         return Verdict("wrong", message if message.endswith("?") else message + ".")
     return Verdict("correct", exercise.takeaway)
+
+
+@contextlib.contextmanager
+def _torch_as_it_starts():
+    # A notebook may have set another default; an answer is right or wrong in spite of it.
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    elsewhere = torch.device("cpu") if device.type != "cpu" else contextlib.nullcontext()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), elsewhere:
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 @cache

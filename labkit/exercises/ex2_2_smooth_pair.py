@@ -6,7 +6,7 @@ The reference is the formula in numpy, in float64.
 import numpy as np
 import torch
 
-from labkit.exercises.judge import Exercise, call, judge, kind, misfit, show
+from labkit.exercises.judge import Exercise, call, insist_on_dtype, judge, kind, misfit, show
 
 
 def _check(function) -> None:
@@ -29,6 +29,7 @@ def _examine(x, first, second, alpha, got) -> str | None:
         return f"{written} returns {kind(got)}, expected the triple (x, first, second)"
     names = ("x", "first", "second")
     for name, value, like in zip(names, got, (x, first, second), strict=True):
+        insist_on_dtype(f"in {written}, {name} is", value, torch.float32, like.shape)
         if complaint := misfit(value, torch.float32, like.shape):
             return f"in {written}, {name} is {complaint}"
     rows = np.concatenate([first.numpy(), second.numpy()]).astype(np.float64)

@@ -5,7 +5,7 @@ The reference is the definition in float64: after each column, the best change o
 
 import torch
 
-from labkit.exercises.judge import Exercise, call, judge, misfit, show
+from labkit.exercises.judge import Exercise, Wrong, call, insist_on_dtype, judge, misfit, show
 
 
 def broken_compensate(weight, hessian, scale):
@@ -39,8 +39,13 @@ def _check(function) -> None:
 
 def _examine(weight, hessian, scale, got) -> str | None:
     written = call("compensate", weight, hessian, scale)
+    insist_on_dtype(f"{written} returns", got, torch.float32, weight.shape)
     if complaint := misfit(got, torch.float32, weight.shape):
         return f"{written} returns {complaint}"
+    farthest = (got / scale).abs().max().item()
+    if farthest > 7.001:
+        reach = f"{written} uses the code {show(round(farthest, 2))}, expected −7 to 7"
+        raise Wrong(f"codes end at 7, which costs a little error: {reach}")
     expected = compensate_by_definition(weight, hessian, scale)
     off = (got - expected).abs() > 1e-3 * scale
     if off.double().mean() <= 0.02:  # a tie may fall to either side, and moves what follows
@@ -51,7 +56,8 @@ def _examine(weight, hessian, scale, got) -> str | None:
     for rounded in (got, expected):
         difference = (rounded - weight).double()
         errors.append(((difference @ hessian.double()) * difference).sum().item())
-    return f"{written} has the output error {show(errors[0])}, expected {show(errors[1])}"
+    lower = "; a lower one needs another order of columns or other codes" * (errors[0] < errors[1])
+    return f"{written} has the output error {show(errors[0])}, expected {show(errors[1])}{lower}"
 
 
 def compensate_by_definition(weight, hessian, scale):

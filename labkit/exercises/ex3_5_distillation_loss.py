@@ -8,7 +8,7 @@ import math
 import numpy as np
 import torch
 
-from labkit.exercises.judge import Exercise, call, judge, kind, show
+from labkit.exercises.judge import Exercise, call, is_precise_scalar, judge, kind, show
 
 
 def _check(function) -> None:
@@ -30,7 +30,7 @@ def _log_softmax(logits: torch.Tensor) -> np.ndarray:
 
 def _examine(student, teacher, got) -> str | None:
     written = call("distillation_loss", student, teacher)
-    if not isinstance(got, torch.Tensor) or got.ndim or not got.is_floating_point():
+    if not is_precise_scalar(got):
         return f"{written} returns {kind(got)}, expected a float32 tensor of shape ()"
     s, t = _log_softmax(student), _log_softmax(teacher)
     expected = float((np.exp(t) * (t - s)).sum(-1).mean())

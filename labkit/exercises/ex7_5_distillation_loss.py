@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from labkit.exercises.judge import Exercise, call, judge, kind, show
+from labkit.exercises.judge import Exercise, call, is_precise_scalar, judge, kind, show
 
 
 class _Outcome(tuple):
@@ -21,8 +21,7 @@ def _with_gradients(function, summary):
         with torch.enable_grad():
             logits = student.requires_grad_(), teacher.requires_grad_()
             loss = function(*logits, labels, temperature, hard)
-            scalar = isinstance(loss, torch.Tensor) and not loss.ndim and loss.is_floating_point()
-            if not scalar:
+            if not is_precise_scalar(loss):
                 return loss
             if loss.requires_grad:
                 loss.backward()

@@ -55,7 +55,8 @@ def judge(
     """Try an answer on many inputs; if some come out wrong, name the likeliest misconception.
 
     That is the known wrong answer which agrees with this one on the most failing inputs, if it is
-    half of them or more. The first of these becomes the example.
+    half of them or more. The first of these becomes the example. Where the dtype is what is wrong,
+    a known wrong answer of another dtype explains nothing.
 
     Args:
         name: how messages call the function.
@@ -82,19 +83,21 @@ def judge(
     needed = (len(failures) + 1) // 2  # fewer are a coincidence, not an explanation
     found, explanation = failures, ""
     for mistake, message in wrong_answers:
-        agreeing = _agreeing(mistake, failures, needed)
+        agreeing = _agreeing(mistake, failures, needed, examine)
         if len(agreeing) >= needed:
             found, explanation, needed = agreeing, message + ": ", len(agreeing) + 1
     raise Wrong(explanation + found[0][2])
 
 
-def _agreeing(mistake: Callable, failures: list[tuple], needed: int) -> list[tuple]:
+def _agreeing(
+    mistake: Callable, failures: list[tuple], needed: int, examine: Callable
+) -> list[tuple]:
     # Stops where the number needed is out of reach, which spares most calls of most mistakes.
     agreeing = []
     for tried, failure in enumerate(failures):
         if len(agreeing) + len(failures) - tried < needed:
             break
-        if _agrees(mistake, *failure[:2]):
+        if _agrees(mistake, *failure, examine):
             agreeing.append(failure)
     return agreeing
 
@@ -112,11 +115,20 @@ def _run(name: str, function: Callable, case: tuple):
     return got
 
 
-def _agrees(mistake: Callable, case: tuple, got) -> bool:
+def _agrees(mistake: Callable, case: tuple, got, complaint: str, examine: Callable) -> bool:
     try:
-        return same(mistake(*copy.deepcopy(case)), got)
+        made = mistake(*copy.deepcopy(case))
+        return same(made, got) and examine(*case, _with_dtypes_of(made, got)) == complaint
     except Exception:
         return False
+
+
+def _with_dtypes_of(like, value):
+    if isinstance(like, torch.Tensor) and isinstance(value, torch.Tensor):
+        return value.to(like.dtype)
+    if type(value) in (tuple, list):
+        return type(value)(map(_with_dtypes_of, like, value))
+    return value
 
 
 def same(a, b) -> bool:
@@ -173,6 +185,12 @@ def kind(value) -> str:
 def show_shape(tensor: torch.Tensor) -> str:
     """Write a shape out as a tuple."""
     return str(tuple(tensor.shape))
+
+
+def is_precise_scalar(value) -> bool:
+    """Whether a value is a tensor of shape () in float32 or float64: less would lose digits."""
+    precise = (torch.float32, torch.float64)
+    return isinstance(value, torch.Tensor) and not value.ndim and value.dtype in precise
 
 
 def insist_on_dtype(where: str, value, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Exercise 2.4: `nf4` stores a weight in blocks, as the nearest of 16 levels and two codes a byte.
+"""Exercise 2.5: `nf4` stores a weight in blocks, as the nearest of 16 levels and two codes a byte.
 
 The reference is numpy: the distance of each value from every level, in float64.
 """
@@ -6,7 +6,7 @@ The reference is numpy: the distance of each value from every level, in float64.
 import numpy as np
 import torch
 
-from labkit.exercises.judge import Exercise, judge, kind, misfit, show
+from labkit.exercises.judge import Exercise, insist_on_dtype, judge, kind, misfit, show
 
 # Dettmers et al., "QLoRA", arXiv 2305.14314, appendix E, to six digits.
 _POSITIVE = (0.079580, 0.160930, 0.246112, 0.337915, 0.440710, 0.562617, 0.722957, 1.0)
@@ -40,6 +40,7 @@ def _examine(weight, levels, block_size, got) -> str | None:
     rows, inputs = weight.shape
     wanted = (torch.uint8, (rows, inputs // 2)), (torch.float32, (rows, inputs // block_size))
     for name, value, form in zip(("packed", "scale"), got, wanted, strict=True):
+        insist_on_dtype(f"for {of} in blocks of {block_size}, {name} is", value, *form)
         if complaint := misfit(value, *form):
             return f"for {of} in blocks of {block_size}, {name} is {complaint}"
     blocks = weight.double().numpy().reshape(rows, -1, block_size)
@@ -146,7 +147,7 @@ def nf4_by_boundaries(weight, levels, block_size):
 
 
 EXERCISE = Exercise(
-    id="2.4",
+    id="2.5",
     title="Store a weight in NF4",
     stars=3,
     minutes=20,

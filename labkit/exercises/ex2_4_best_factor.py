@@ -1,0 +1,168 @@
+"""Exercise 2.4: `best_factor` searches the factor by which AWQ scales the inputs of a layer.
+
+The reference is the definition in float64: every exponent is tried on the products themselves.
+"""
+
+import torch
+
+from labkit.exercises.judge import Exercise, insist_on_dtype, judge, misfit, show
+
+
+def round_rows(weight):
+    """Round to 4 bits, one symmetric scale a row: the `quantize` that answers are called with."""
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 7
+    return (weight / scale).round().clamp(-7, 7) * scale
+
+
+def round_to_halves(weight):
+    """Round to multiples of one half."""
+    return (weight * 2).round() / 2
+
+
+def _check(function) -> None:
+    random = torch.Generator().manual_seed(24)
+    weight, x = torch.tensor([[0.3, 1.4], [0.2, -1.4]]), torch.tensor([[8.0, 0.5], [-8.0, 0.5]])
+    cases = [(weight, x, [0.0, 0.5, 1.0], round_to_halves)]
+    for rows, inputs, tokens in ((3, 8, 20), (8, 32, 40), (16, 48, 64), (24, 64, 96)):
+        for quantize in (round_rows, round_to_halves):
+            weight = torch.randn(rows, inputs, generator=random)
+            x = torch.randn(tokens, inputs, generator=random)
+            x = x * torch.logspace(-1.5, 1.5, inputs)[torch.randperm(inputs, generator=random)]
+            x = x + x.abs().mean(0) * torch.randn(inputs, generator=random)
+            x[0] *= 8
+            if rows == 8:
+                x[:, 3] = 0
+            alphas = [0.0, 0.25, 0.5, 0.75, 1.0] if rows == 3 else [0.2, 0.4, 0.6, 0.8, 1.0]
+            cases.append((weight, x, alphas, quantize))
+    judge("best_factor", function, cases, _examine, _WRONG)
+
+
+def _examine(weight, x, alphas, quantize, got) -> str | None:
+    written = f"for a weight of shape {tuple(weight.shape)} and alphas {show(alphas)}, best_factor"
+    insist_on_dtype(f"{written} returns", got, torch.float32, (weight.shape[1],))
+    if complaint := misfit(got, torch.float32, (weight.shape[1],)):
+        return f"{written} returns {complaint}"
+    mean = x.double().abs().mean(0).clamp(min=1e-5)
+    factors = [mean**alpha for alpha in alphas]
+    errors = [_error(weight, x, factor, quantize) for factor in factors]
+    least = min(errors)
+    for factor, error in zip(factors, errors, strict=True):
+        ratio = got.double() / factor  # a factor for all channels alike changes nothing
+        if torch.allclose(ratio, ratio[:1].expand_as(ratio), rtol=1e-3) and (got > 0).all():
+            if error <= least * (1 + 1e-4):
+                return None
+            best, yours = alphas[errors.index(least)], alphas[errors.index(error)]
+            return f"{written} takes the exponent {show(yours)}, expected {show(best)}"
+    wanted = factors[errors.index(least)]
+    wrong = int((got.double() / wanted - 1).abs().nan_to_num(9e9).argmax())
+    numbers = f"{show(got[wrong].item())}, expected {show(wanted[wrong].item())}"
+    return f"{written} has the factor {numbers} for channel {wrong}"
+
+
+def _error(weight, x, factor, quantize) -> float:
+    rounded = quantize((weight.double() * factor).float()).double()
+    return (x.double() @ weight.double().T - x.double() / factor @ rounded.T).square().mean().item()
+
+
+def _search(
+    weight, x, alphas, quantize, mean=None, error=None, power=lambda m, a: m**a, worst=False
+):
+    mean = x.abs().mean(0).clamp(min=1e-5) if mean is None else mean
+    factors = [power(mean, alpha) for alpha in alphas]
+    error = error or (lambda s: (x @ weight.T - x / s @ quantize(weight * s).T).square().mean())
+    errors = torch.stack([error(factor) for factor in factors])
+    return factors[int(errors.argmax() if worst else errors.argmin())]
+
+
+def peak_magnitude(weight, x, alphas, quantize):
+    """Takes the largest magnitude of each channel, as SmoothQuant does."""
+    return _search(weight, x, alphas, quantize, x.abs().amax(0).clamp(min=1e-5))
+
+
+def signed_mean(weight, x, alphas, quantize):
+    """Takes the mean of the values, not of their magnitudes."""
+    return _search(weight, x, alphas, quantize, x.mean(0).clamp(min=1e-5))
+
+
+def root_mean_square(weight, x, alphas, quantize):
+    """Takes the root mean square of each channel."""
+    return _search(weight, x, alphas, quantize, x.square().mean(0).sqrt().clamp(min=1e-5))
+
+
+def error_of_weights(weight, x, alphas, quantize):
+    """Searches for the least error of the weights."""
+    return _search(
+        weight, x, alphas, quantize, error=lambda s: (quantize(weight * s) / s - weight).norm()
+    )
+
+
+def activations_not_divided(weight, x, alphas, quantize):
+    """Scales the weights and forgets to divide the activations."""
+    return _search(
+        weight, x, alphas, quantize, error=lambda s: (x @ (weight - quantize(weight * s)).T).norm()
+    )
+
+
+def exponent_exchanged(weight, x, alphas, quantize):
+    """Raises to 1 − alpha."""
+    return _search(weight, x, alphas, quantize, power=lambda m, a: m ** (-a))
+
+
+def largest_error(weight, x, alphas, quantize):
+    """Keeps the exponent with the largest error."""
+    return _search(weight, x, alphas, quantize, worst=True)
+
+
+def last_exponent(weight, x, alphas, quantize):
+    """Returns the factor of the last exponent tried."""
+    return x.abs().mean(0).clamp(min=1e-5) ** alphas[-1]
+
+
+_WRONG = (
+    (peak_magnitude, "AWQ takes the mean magnitude of a channel; the peak is SmoothQuant's choice"),
+    (signed_mean, "the mean of the magnitudes: positive and negative values must not cancel"),
+    (root_mean_square, "the mean of |x|, not the root of the mean square"),
+    (error_of_weights, "compare the outputs; the error of the weights does not know the inputs"),
+    (activations_not_divided, "divide x by the factor too, or the product is another one"),
+    (exponent_exchanged, "channels with large activations get the larger factor, not the smaller"),
+    (largest_error, "keep the exponent with the least error, not the largest"),
+    (last_exponent, "this is the last exponent; remember the best one so far"),
+)
+
+
+def factor_channel_by_channel(weight, x, alphas, quantize):
+    """Walks through channels and tokens in Python."""
+    best, least = None, None
+    mean = [max(1e-5, sum(map(abs, column)) / len(column)) for column in x.T.tolist()]
+    for alpha in alphas:
+        factor = torch.tensor([m**alpha for m in mean])
+        rounded = quantize(weight * factor) / factor
+        error = sum(((row @ (rounded - weight).T) ** 2).sum().item() for row in x)
+        if least is None or error < least:
+            best, least = factor, error
+    return best
+
+
+def centered_factor(weight, x, alphas, quantize):
+    """Centers the factor on 1 and measures by the Hessian, as AWQ's code does."""
+    hessian, mean = x.T @ x, x.abs().mean(0).clamp_min(1e-5)
+    found = []
+    for alpha in alphas:
+        factor = mean.pow(alpha)
+        error = quantize(weight * factor) / factor - weight
+        found.append((((error @ hessian) * error).sum().item(), factor))
+    factor = min(found, key=lambda pair: pair[0])[1]
+    return factor / (factor.max() * factor.min()).sqrt()
+
+
+EXERCISE = Exercise(
+    id="2.4",
+    title="Search AWQ's factor",
+    stars=2,
+    minutes=20,
+    function_names=("best_factor",),
+    check=_check,
+    takeaway="One number is searched, so there is little that a text could teach wrongly.",
+    wrong_answers=_WRONG,
+    variants=(factor_channel_by_channel, centered_factor),
+)
