@@ -96,14 +96,16 @@ def rounding_costs(
     """
     costs, layers = {}, linear_layers(model, information)
     for (name, weights_matter), layer in zip(information.items(), layers, strict=True):
-        costs[name] = {}
-        groups = to_groups(layer.weight.float(), group_size)
-        ends = _ends(groups)  # once for all widths
-        for bits in widths:
-            error = round_to_grid(groups, *group_qparams(ends, 2, bits), bits)
-            error = error.sub_(groups).square_()
-            error = error.flatten(1)[:, : weights_matter.shape[1]]
-            costs[name][bits] = float((weights_matter * error).sum() / 2)
+        costs[name] = dict.fromkeys(widths, 0.0)
+        weight = layer.weight.float()
+        some = max(1, 2**18 // weight.shape[1])  # rows at a time that fit the processor's cache
+        for rows, matter in zip(weight.split(some), weights_matter.split(some), strict=True):
+            groups = to_groups(rows, group_size)
+            ends = _ends(groups)  # once for all widths
+            for bits in widths:
+                error = round_to_grid(groups, *group_qparams(ends, 2, bits), bits)
+                error = error.sub_(groups).square_().flatten(1)[:, : rows.shape[1]]
+                costs[name][bits] += float((matter * error).sum() / 2)
     return costs
 
 

@@ -22,6 +22,17 @@ class TrainingStopped(RuntimeError):
     """Training cannot go on; the message says at which step, why, and what was kept."""
 
 
+def straight_through(ctx, gradient):
+    """Return the straight-through gradient of the weight, and LSQ's of the scale."""
+    weight, scale, zero_point = ctx.saved_tensors
+    position = weight / scale
+    code = position.round().add_(zero_point)
+    clipped = code.clamp(*ctx.ends)
+    inside = code.eq_(clipped)  # 1 where nothing was clipped, else 0
+    of_scale = clipped.sub_(zero_point).sub_(position.mul_(inside)).mul_(gradient)
+    return inside.mul_(gradient), of_scale.sum_to_size(scale.shape), None, None, None
+
+
 class FakeQuantize(torch.autograd.Function):
     """Round in the forward pass; in the backward pass, act as if only clipping had happened.
 
@@ -37,16 +48,7 @@ class FakeQuantize(torch.autograd.Function):
         codes = (weight / scale).round_().add_(zero_point).clamp_(qmin, qmax)
         return codes.sub_(zero_point).mul_(scale)
 
-    @staticmethod
-    def backward(ctx, gradient):
-        """Return the straight-through gradient of the weight, and LSQ's of the scale."""
-        weight, scale, zero_point = ctx.saved_tensors
-        position = weight / scale
-        code = position.round().add_(zero_point)
-        clipped = code.clamp(*ctx.ends)
-        inside = code.eq_(clipped)  # 1 where nothing was clipped, else 0
-        of_scale = clipped.sub_(zero_point).sub_(position.mul_(inside)).mul_(gradient)
-        return inside.mul_(gradient), of_scale.sum_to_size(scale.shape), None, None, None
+    backward = staticmethod(straight_through)
 
 
 class QATLinear(nn.Linear):
