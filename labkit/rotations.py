@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from labkit.ptq import LINEARS, PRODUCERS
+from labkit.blocks import LAYERS, LINEARS, PRODUCERS, blocks_of, rescalable
 
 Turn = Callable[[torch.Tensor], torch.Tensor]
 INSIDE = "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"
@@ -106,6 +106,7 @@ def turn_inside(model: nn.Module, turn: Turn) -> None:
         down.register_forward_pre_hook(lambda _, x: (turn(x[0]),))
 
 
+@torch.no_grad()
 def rotate(model: nn.Module, stream: Turn, inside: Turn | None = None) -> None:
     """Rotate what flows through a model without changing what it computes, in place.
 
@@ -115,9 +116,34 @@ def rotate(model: nn.Module, stream: Turn, inside: Turn | None = None) -> None:
             and without change of length.
         inside: the same for value heads and the input of down_proj; None leaves them alone.
 
+    Raises:
+        TypeError: if the model is of another type, its norms do not fold, or a layer that would
+            have to be turned has a bias. The model is then unchanged.
+
     Source: Ashkboos et al., "QuaRot", arXiv 2404.00456.
     """
+    _check_turnable(model)
     fold_norms(model)
     turn_stream(model, stream)
     if inside is not None:
         turn_inside(model, inside)
+
+
+def _check_turnable(model: nn.Module) -> None:
+    kind, norms = type(model).__name__, [model.model.norm] if blocks_of(model) else []
+    known = {*LAYERS, PRODUCERS["attention"], PRODUCERS["mlp"]}
+    known |= {"self_attn.q_norm", "self_attn.k_norm"}
+    for block in model.model.layers:
+        for name in {name.rpartition(".")[0] for name, _ in block.named_parameters()} - known:
+            raise TypeError(f"model: {kind} has {name} in its blocks, which rotations do not know")
+        for name in ("attention", "mlp"):
+            ones = torch.ones(block.get_submodule(LINEARS[name][0]).in_features)
+            norms.append(rescalable(block, name, ones)[0])
+        for name in INSIDE:
+            if block.get_submodule(name).bias is not None:
+                raise TypeError(f"model: {name} of {kind} has a bias, which rotations do not turn")
+    for norm in norms:  # of ones, a root mean square is 1; with a mean taken off nothing is left
+        if not torch.allclose(norm(torch.ones_like(norm.weight)), norm.weight, rtol=1e-2):
+            raise TypeError(
+                f"model: {kind} has norms that notice a rotation, {type(norm).__name__}"
+            )

@@ -2,6 +2,7 @@
 
 import copy
 
+import families
 import numpy as np
 import pytest
 import scipy.linalg
@@ -61,3 +62,20 @@ def test_a_turned_model_computes_what_it_did(model, ids, kind):
     assert turned.lm_head.weight is not turned.model.embed_tokens.weight
     norms = [w for n, w in turned.named_parameters() if n.endswith("norm.weight")]
     assert all((weight == 1).all() for weight in norms)
+
+
+@pytest.mark.parametrize("kind", sorted({*families.LLAMA_TYPE, *families.OTHERS}))
+def test_other_models_turn_rightly_or_are_refused_unchanged(kind):
+    model, ids = families.family(kind), families.token_ids(2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        wanted = model(ids).logits if kind in families.LLAMA_TYPE else None
+        try:
+            rotations.rotate(model, rotations.hadamard_transform, rotations.hadamard_transform)
+        except TypeError:
+            assert kind not in ("llama", "mistral", "qwen3")
+            for name, tensor in model.state_dict().items():
+                assert torch.equal(tensor, before[name]), name
+            return
+        found = model(ids).logits
+    assert (found - wanted).abs().max() <= 1e-3 * wanted.abs().max()
