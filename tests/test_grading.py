@@ -2,6 +2,7 @@
 
 import copy
 import html
+import json
 import os
 import re
 import subprocess
@@ -22,6 +23,15 @@ AS_ON_A_HUB = (
     "import nbgrader.utils; nbgrader.utils.get_osusername = lambda: 'jovyan'\n"
     "from nbgrader.apps.nbgraderapp import main; main()"
 )
+
+# In a process of its own: nbgrader imports setuptools, which refuses to where distutils came first.
+GRADES = """
+import json, sys
+from nbgrader.api import Gradebook
+with Gradebook(sys.argv[1]) as book:
+    (notebook,) = book.find_submission(*sys.argv[2:]).notebooks
+    print(json.dumps({grade.name: grade.score for grade in notebook.grades}))
+"""
 
 
 def nbgrader(folder: Path, *arguments: str, user: str = "teacher", fails: bool = False) -> str:
@@ -220,11 +230,11 @@ def take_part(home: Path, name: str, work) -> None:
 
 
 def scores(course: Path, name: str) -> dict[str, float]:
-    from nbgrader.api import Gradebook
-
-    with Gradebook(f"sqlite:///{course / 'gradebook.db'}") as book:
-        (notebook,) = book.find_submission(CHAPTER, name).notebooks
-        found = {grade.name: grade.score for grade in notebook.grades}
+    printed = subprocess.check_output(
+        [sys.executable, "-c", GRADES, f"sqlite:///{course / 'gradebook.db'}", CHAPTER, name],
+        encoding="utf8",
+    )
+    found = json.loads(printed)
     return {id: found[f"check-{id.replace('.', '-')}"] for id in STARS}
 
 
