@@ -189,7 +189,7 @@ def check_hessian(hessian: torch.Tensor, inputs: int, damping: float) -> None:
 
     Raises:
         ValueError: if `hessian` is not `(inputs, inputs)`, finite and with a diagonal from 0 up, or
-            `damping` is not above 0.
+            `damping` is not above 0; also if `hessian` is not symmetric, but for rounding.
     """
     if (
         hessian.shape != (inputs, inputs)
@@ -199,6 +199,12 @@ def check_hessian(hessian: torch.Tensor, inputs: int, damping: float) -> None:
     if (smallest := hessian.diagonal().min()) < 0:
         raise ValueError(
             f"hessian must have a diagonal from 0 up, a mean of squares, not {float(smallest):g}"
+        )
+    off = (hessian - hessian.T).abs().max()
+    if off > 1e-3 * hessian.abs().max():
+        raise ValueError(
+            f"hessian must be symmetric, a mean of x xᵀ, but differs from its transpose by "
+            f"{float(off):.3g}"
         )
     if not 0 < damping < math.inf:
         raise ValueError(f"damping must be above 0, for example 0.01, not {damping}")

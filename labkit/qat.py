@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 
+from labkit.arguments import check_group_grid
 from labkit.blocks import LAYERS, blocks_of, check_linear, linear_layers
 from labkit.kernels import PackedLinear, linear_in_float32
 from labkit.quant import check_input, group_qparams, integer_range, to_fp16, to_groups
@@ -77,13 +78,14 @@ class QATLinear(nn.Linear):
 
         Raises:
             TypeError: if `linear` is no plain `nn.Linear`.
-            TypeError, ValueError: see `quant.group_qparams`.
+            TypeError, ValueError: see `quant.group_qparams`; a `grid` also `check_group_grid`.
         """
         nn.Module.__init__(self)
         check_linear(linear)
         weight = linear.weight.detach()
         check_input(weight, bits)
         scale, zero_point = grid or group_qparams(weight, group_size, bits, symmetric)
+        check_group_grid(weight, scale, zero_point, group_size, bits, symmetric)
         self.out_features, self.in_features = weight.shape
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
         self.training = linear.training

@@ -13,8 +13,7 @@ from labkit.downloads import Download
 
 EVALUATION = ("news", "docs")
 CALIBRATION = ("encyclopedia", "other-docs", "code", "self-written")
-# Characters of one document before the next takes its turn. Where a text is fitted, many short cuts
-# of many documents are worth more than a few long ones.
+# Characters of one document before the next takes its turn, so that a short cut holds many.
 JUDGED_RUN, FITTED_RUN = 1500, 500
 SHORTEST = 40  # characters: shorter paragraphs ("Parameters") are everywhere and prove nothing
 SELF_WRITTEN = Path(__file__).parent / "self_written.txt"
@@ -87,16 +86,14 @@ def _make(wheel: Path, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = sorted(name for name in archive.namelist() if name.endswith(".py"))
         sources = {name: archive.read(name).decode("utf8").replace("\r\n", "\n") for name in names}
-        dump = bz2.decompress(archive.read(_WIKI)).decode("utf8")
         news = archive.read(_NEWS).decode("utf8").splitlines()
     tests = [name for name in names if name.startswith("gensim/test/")]
-    pages = [_plain(page) for page in re.findall(r"<text[^>]*>(.*?)</text>", dump, re.DOTALL)]
     docs = _docstrings([sources[name] for name in names if name not in tests])
     documents = {
         "news": [[line] for line in dict.fromkeys(line.strip() for line in news)],
         "docs": docs[::2],
         "other-docs": docs[1::2],
-        "encyclopedia": [page for page in pages if sum(map(len, page)) > 2000],
+        "encyclopedia": articles(wheel),
         "code": [sources[name].strip().split("\n\n") for name in tests],
     }
     folder.mkdir()
@@ -105,6 +102,14 @@ def _make(wheel: Path, folder: Path) -> None:
         run = JUDGED_RUN if name in EVALUATION else FITTED_RUN
         path.write_bytes(_in_turn(of_kind, run).encode("utf8"))
         GENSIM.check(path, SHA256[name])
+
+
+def articles(wheel: Path) -> list[list[str]]:
+    """Return the paragraphs of each article of the encyclopedia that the wheel holds."""
+    with zipfile.ZipFile(wheel) as archive:
+        dump = bz2.decompress(archive.read(_WIKI)).decode("utf8")
+    pages = [_plain(page) for page in re.findall(r"<text[^>]*>(.*?)</text>", dump, re.DOTALL)]
+    return [page for page in pages if sum(map(len, page)) > 2000]
 
 
 def _in_turn(documents: list[list[str]], run: int) -> str:

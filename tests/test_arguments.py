@@ -208,7 +208,10 @@ def test_a_hessian_of_another_shape_is_refused(shape):
             quant.inverse_factor(torch.ones(shape), 0.01)
 
 
-@pytest.mark.parametrize(("at", "bad"), [((0, 1), math.nan), ((3, 3), math.inf), ((2, 2), -1.0)])
+@pytest.mark.parametrize(
+    ("at", "bad"),
+    [((0, 1), math.nan), ((3, 3), math.inf), ((2, 2), -1.0), ((0, 1), 1.0), ((5, 2), -0.01)],
+)
 def test_a_hessian_that_is_no_mean_of_squares_is_refused(at, bad):
     weight, hessian = random(4, 8), torch.eye(8)
     hessian[at] = bad

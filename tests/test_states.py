@@ -77,6 +77,28 @@ def test_a_grid_may_be_any_tensor_and_stays_the_users(kind, symmetric):
     torch.testing.assert_close(packed.dequantized(), rounded)
 
 
+def other_grids(layer) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    scale, zero_point = grid_of(layer.weight)
+    return {
+        "a scale a row": (scale[:, 0, 0], zero_point),
+        "other groups": quant.group_qparams(layer.weight.detach(), 8),
+        "another layer's": grid_of(linear(out=7).weight),
+        "another width": quant.group_qparams(layer.weight.detach(), 16, 8),
+        "negative scales": (-scale, zero_point),
+        "zero points between codes": (scale, zero_point + 0.5),
+    }
+
+
+@pytest.mark.parametrize("kind", other_grids(linear()))
+@pytest.mark.parametrize("of", [PackedLinear, qat.QATLinear])
+def test_a_grid_of_something_else_is_refused(kind, of):
+    layer = linear()
+    before = layer.weight.detach().clone()
+    with pytest.raises(ValueError, match="(scale|zero_point) must"):
+        of(layer, 4, 16, grid=other_grids(layer)[kind])
+    assert torch.equal(layer.weight, before)
+
+
 def test_prepare_takes_grids_that_carry_a_graph_and_they_learn():
     model, ids = family("qwen2"), token_ids(2)
     grids = [
