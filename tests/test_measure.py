@@ -556,7 +556,7 @@ def test_timing_refuses_bad_input():
 # Memory
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries give back themselves")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keeps nothing")
 def test_released_memory_goes_back_to_the_system():
     code = (
         "import torch; from labkit import machine\n"
