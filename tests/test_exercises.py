@@ -208,6 +208,63 @@ def test_learner_written_mistakes_are_recognized(id, answer, fragment):
     assert fragment.lower() in found.message.lower()
 
 
+def compensate_with(factor_of):
+    def answer(weight, hessian, scale):
+        left, rounded, factor = weight.clone(), torch.zeros_like(weight), factor_of(hessian)
+        for j in range(weight.shape[1]):
+            rounded[:, j] = (left[:, j] / scale[:, 0]).round().clamp(-7, 7) * scale[:, 0]
+            error = (left[:, j] - rounded[:, j]) / factor[j, j]
+            left[:, j + 1 :] -= torch.outer(error, factor[j, j + 1 :])
+        return rounded
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        compensate_with(lambda hessian: torch.linalg.cholesky(torch.linalg.inv(hessian))),
+        compensate_with(lambda hessian: torch.linalg.inv(torch.linalg.cholesky(hessian))),
+        lambda weight, hessian, scale: (weight / scale).round().clamp(-7, 7) * scale,
+    ],
+    ids=["lower", "inverse of lower", "rounding"],
+)
+def test_plain_rounding_hears_of_both_its_causes(answer):
+    message = verdict("2.3", answer).message
+    assert "columns are rounded as they were, or the factor is a lower one" in message
+
+
+@pytest.mark.parametrize("share", [0.005, 0.01, 0.03, 0.1, 0.3])
+def test_a_hessian_damped_again_by_any_share_hears_of_it(share):
+    def factor_of(hessian):
+        more = share * hessian.diagonal().mean() * torch.eye(len(hessian))
+        return torch.linalg.cholesky(torch.linalg.inv(hessian + more), upper=True)
+
+    assert "damped already" in verdict("2.3", compensate_with(factor_of)).message
+
+
+@pytest.mark.parametrize("zero", [0, np.int64(0), np.float32(0), -0.0])
+def test_any_real_number_ends_a_range_and_a_bool_does_not(zero):
+    def ends(x, percent):
+        low, high = registry()["2.1"].variants[1](x, percent)
+        return zero if low == 0 else low, zero if high == 0 else high
+
+    assert verdict("2.1", ends).status == "correct"
+    found = verdict("2.1", lambda x, percent: (False, ends(x, percent)[1]))
+    assert "returns (a bool, a float64), expected a pair of floats" in found.message
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_a_swapped_pair_is_called_that_in_any_integer_type(dtype):
+    def answer(weight, levels, block_size):
+        packed, scale = registry()["2.5"].variants[0](weight, levels, block_size)
+        return scale, packed.to(dtype)
+
+    message = verdict("2.5", answer).message
+    assert "pair is swapped" in message
+    assert "mind the dtype" not in message
+
+
 def with_part(id, place, change):
     right = registry()[id].variants[0]
 

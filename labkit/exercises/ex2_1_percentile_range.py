@@ -4,6 +4,7 @@ The reference is numpy's `percentile` in float64.
 """
 
 import math
+from numbers import Real
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ def _check(function) -> None:
 def _examine(x, percent, got) -> str | None:
     written = call("percentile_range", x, percent)
     pair = isinstance(got, tuple | list) and len(got) == 2
-    if not pair or not all(isinstance(end, float | np.floating) for end in got):
+    if not pair or not all(isinstance(end, Real) and not isinstance(end, bool) for end in got):
         came = f"({', '.join(map(kind, got))})" if pair else kind(got)
         return f"{written} returns {came}, expected a pair of floats (low, high)"
     low, high = np.percentile(x.double().numpy(), [50 - percent / 2, 50 + percent / 2])
@@ -84,13 +85,13 @@ _WRONG = (
 
 
 def percentile_by_sorting(x, percent):
-    """Sorts, and interpolates between neighbors."""
+    """Sorts, interpolates between neighbors, and lets zero in as an int."""
     values, ends = sorted(x.flatten().tolist()), []
     for fraction in (0.5 - percent / 200, 0.5 + percent / 200):
         place = min(max(fraction, 0.0), 1.0) * (len(values) - 1)
         below, above = values[math.floor(place)], values[math.ceil(place)]
         ends.append(below + (place - math.floor(place)) * (above - below))
-    return min(0.0, ends[0]), max(0.0, ends[1])
+    return min(0, ends[0]), max(0, ends[1])
 
 
 def percentile_with_numpy(x, percent):

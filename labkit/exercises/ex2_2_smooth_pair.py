@@ -90,6 +90,19 @@ def activations_left_alone(x, first, second, alpha):
     return x.clone(), *_smooth(x, first, second, alpha)[1:]
 
 
+def weights_divided_too(x, first, second, alpha):
+    """Divides the weights by the factor as well."""
+    smooth, *scaled = _smooth(x, first, second, alpha)
+    return smooth, *(w * w / s for w, s in zip((first, second), scaled, strict=True))
+
+
+def minus_after_the_power(x, first, second, alpha):
+    """Writes `reach ** 1 - alpha`, which subtracts alpha at the end."""
+    peak, reach = (t.abs().amax(0).clamp(min=1e-5) for t in (x, torch.cat([first, second])))
+    s = peak**alpha / reach - alpha
+    return x / s, first * s, second * s
+
+
 def dead_channel_divides(x, first, second, alpha):
     """Leaves out the clamp."""
     return _smooth(x, first, second, alpha, floor=0.0)
@@ -103,6 +116,8 @@ _WRONG = (
     (signed_maximum, "take the largest magnitude: a channel may peak below zero"),
     (mean_magnitude, "SmoothQuant takes the peak of a channel; the mean is AWQ's choice"),
     (activations_left_alone, "divide the activations too, or the products change"),
+    (weights_divided_too, "x is divided by the factor, so the weights are multiplied by it"),
+    (minus_after_the_power, "a power binds before a minus: write reach ** (1 - alpha)"),
     (dead_channel_divides, "a channel of zeros gives a factor of 0 or infinity: clamp the maxima"),
 )
 

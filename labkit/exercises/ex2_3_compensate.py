@@ -27,6 +27,9 @@ def _check(function) -> None:
     hessian = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
     cases = [(torch.tensor([[1.4, 1.4]]), hessian, torch.ones(1, 1))]
     cases += [(torch.tensor([[0.4, 9.0, 2.2]]), torch.eye(3), torch.ones(1, 1))]
+    cases += [(torch.tensor([[0.4, 1.142]]), hessian, torch.ones(1, 1))]  # 1.498 if damped again
+    hessian = torch.tensor([[2.0, -1.0], [-1.0, 1.5]])
+    cases += [(torch.tensor([[1.4, -1.235]]), hessian, torch.ones(1, 1))]
     for rows, inputs in ((2, 3), (4, 8), (8, 24), (16, 40)):
         x = torch.randn(4 * inputs, inputs, generator=random)
         x = x @ torch.randn(inputs, inputs, generator=random)
@@ -90,7 +93,7 @@ def _factor_of_inverse(hessian):
 
 
 def still_rounding_the_original(weight, hessian, scale):
-    """Mends the matrix; still rounds the uncorrected column."""
+    """Rounds the uncorrected column, or takes a lower factor: both are plain rounding."""
     return _compensate(weight, hessian, scale, current=False, spread=_factor_of_inverse)
 
 
@@ -98,6 +101,12 @@ def still_the_hessian_itself(weight, hessian, scale):
     """Rounds the corrected column; still spreads by the factor of the Hessian."""
     factor = torch.linalg.cholesky(hessian, upper=True)
     return _compensate(weight, hessian, scale, spread=lambda h: factor)
+
+
+def damped_again(weight, hessian, scale):
+    """Adds 1 % of the mean diagonal to a Hessian that is damped already."""
+    more = 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+    return _compensate(weight, hessian + more, scale, spread=_factor_of_inverse)
 
 
 def spread_with_the_wrong_sign(weight, hessian, scale):
@@ -116,8 +125,12 @@ def inverse_without_its_factor(weight, hessian, scale):
 
 
 _WRONG = (
-    (still_rounding_the_original, "one bug left: it rounds the column as it was, not as corrected"),
+    (
+        still_rounding_the_original,
+        "this is plain rounding: columns are rounded as they were, or the factor is a lower one",
+    ),
     (still_the_hessian_itself, "one bug left: errors spread by the factor of the inverse Hessian"),
+    (damped_again, "the Hessian is damped already: do not damp it again"),
     (spread_with_the_wrong_sign, "the correction is subtracted; adding it doubles the error"),
     (
         not_divided_by_the_diagonal,

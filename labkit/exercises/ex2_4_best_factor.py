@@ -23,6 +23,13 @@ def _check(function) -> None:
     random = torch.Generator().manual_seed(24)
     weight, x = torch.tensor([[0.3, 1.4], [0.2, -1.4]]), torch.tensor([[8.0, 0.5], [-8.0, 0.5]])
     cases = [(weight, x, [0.0, 0.5, 1.0], round_to_halves)]
+    for pair, tokens in (  # each comparison with another product takes another exponent here
+        ([0.8, -0.1], [[-3.5, -0.5], [0.25, 0.75]]),
+        ([0.1, 0.6], [[5.5, 0.0], [1.5, 0.5]]),
+    ):
+        alphas = [0.0, 0.25, 0.5, 0.75, 1.0]
+        cases.append((torch.tensor([pair]), torch.tensor(tokens), alphas, round_to_halves))
+    cases.append((weight, x, [0.25, 0.5, 0.75], torch.zeros_like))  # all errors are equal
     for rows, inputs, tokens in ((3, 8, 20), (8, 32, 40), (16, 48, 64), (24, 64, 96)):
         for quantize in (round_rows, round_to_halves):
             weight = torch.randn(rows, inputs, generator=random)
@@ -46,14 +53,17 @@ def _examine(weight, x, alphas, quantize, got) -> str | None:
     factors = [mean**alpha for alpha in alphas]
     errors = [_error(weight, x, factor, quantize) for factor in factors]
     least = min(errors)
-    for factor, error in zip(factors, errors, strict=True):
+    first = errors.index(least)
+    for place, (factor, error) in enumerate(zip(factors, errors, strict=True)):
         ratio = got.double() / factor  # a factor for all channels alike changes nothing
         if torch.allclose(ratio, ratio[:1].expand_as(ratio), rtol=1e-3) and (got > 0).all():
-            if error <= least * (1 + 1e-4):
+            late = error == least and place > first
+            if error <= least * (1 + 1e-4) and not late:
                 return None
-            best, yours = alphas[errors.index(least)], alphas[errors.index(error)]
-            return f"{written} takes the exponent {show(yours)}, expected {show(best)}"
-    wanted = factors[errors.index(least)]
+            why = ", the first of equals" * late
+            best, yours = alphas[first], alphas[place]
+            return f"{written} takes the exponent {show(yours)}, expected {show(best)}{why}"
+    wanted = factors[first]
     wrong = int((got.double() / wanted - 1).abs().nan_to_num(9e9).argmax())
     numbers = f"{show(got[wrong].item())}, expected {show(wanted[wrong].item())}"
     return f"{written} has the factor {numbers} for channel {wrong}"
@@ -89,6 +99,39 @@ def root_mean_square(weight, x, alphas, quantize):
     return _search(weight, x, alphas, quantize, x.square().mean(0).sqrt().clamp(min=1e-5))
 
 
+def divided_twice(weight, x, alphas, quantize):
+    """Divides both the activations and the rounded weight."""
+    return _search(
+        weight,
+        x,
+        alphas,
+        quantize,
+        error=lambda s: (x @ weight.T - x / s @ (quantize(weight * s) / s).T).norm(),
+    )
+
+
+def weight_not_multiplied(weight, x, alphas, quantize):
+    """Divides the activations and rounds the weight as it is."""
+    return _search(
+        weight,
+        x,
+        alphas,
+        quantize,
+        error=lambda s: (x @ weight.T - x / s @ quantize(weight).T).norm(),
+    )
+
+
+def sides_exchanged(weight, x, alphas, quantize):
+    """Multiplies the activations and divides the weight."""
+    return _search(
+        weight,
+        x,
+        alphas,
+        quantize,
+        error=lambda s: (x @ weight.T - x * s @ quantize(weight / s).T).norm(),
+    )
+
+
 def error_of_weights(weight, x, alphas, quantize):
     """Searches for the least error of the weights."""
     return _search(
@@ -113,6 +156,11 @@ def largest_error(weight, x, alphas, quantize):
     return _search(weight, x, alphas, quantize, worst=True)
 
 
+def last_of_equals(weight, x, alphas, quantize):
+    """Lets a later exponent replace one that is as good."""
+    return _search(weight, x, alphas[::-1], quantize)
+
+
 def last_exponent(weight, x, alphas, quantize):
     """Returns the factor of the last exponent tried."""
     return x.abs().mean(0).clamp(min=1e-5) ** alphas[-1]
@@ -122,10 +170,14 @@ _WRONG = (
     (peak_magnitude, "AWQ takes the mean magnitude of a channel; the peak is SmoothQuant's choice"),
     (signed_mean, "the mean of the magnitudes: positive and negative values must not cancel"),
     (root_mean_square, "the mean of |x|, not the root of the mean square"),
+    (divided_twice, "divide once: x / s already undoes the factor of the weight"),
+    (weight_not_multiplied, "multiply the weight by the factor before it is rounded"),
+    (sides_exchanged, "the factor multiplies the weight and divides x, not the other way round"),
     (error_of_weights, "compare the outputs; the error of the weights does not know the inputs"),
     (activations_not_divided, "divide x by the factor too, or the product is another one"),
     (exponent_exchanged, "channels with large activations get the larger factor, not the smaller"),
     (largest_error, "keep the exponent with the least error, not the largest"),
+    (last_of_equals, "of equal errors the first counts: replace the best only by a smaller one"),
     (last_exponent, "this is the last exponent; remember the best one so far"),
 )
 

@@ -6,7 +6,7 @@ The reference is numpy: the distance of each value from every level, in float64.
 import numpy as np
 import torch
 
-from labkit.exercises.judge import Exercise, insist_on_dtype, judge, kind, misfit, show
+from labkit.exercises.judge import Exercise, Wrong, insist_on_dtype, judge, kind, misfit, show
 
 # Dettmers et al., "QLoRA", arXiv 2305.14314, appendix E, to six digits.
 _POSITIVE = (0.079580, 0.160930, 0.246112, 0.337915, 0.440710, 0.562617, 0.722957, 1.0)
@@ -15,6 +15,7 @@ _POSITIVE = (0.079580, 0.160930, 0.246112, 0.337915, 0.440710, 0.562617, 0.72295
 _NEGATIVE = (-1.0, -0.696193, -0.525073, -0.394917, -0.284441, -0.184773, -0.091050)
 
 
+_SWAPPED = "the pair is swapped: the packed codes come first, then the scale"
 NF4_LEVELS = torch.tensor((*_NEGATIVE, 0.0, *_POSITIVE))
 
 
@@ -37,6 +38,13 @@ def _examine(weight, levels, block_size, got) -> str | None:
     of = show(weight) if weight.numel() <= 8 else f"a weight of shape {tuple(weight.shape)}"
     if not isinstance(got, tuple | list) or len(got) != 2:
         return f"nf4 returns {kind(got)}, expected the pair (packed, scale)"
+    floating = [isinstance(part, torch.Tensor) and part.is_floating_point() for part in got]
+    if floating == [True, False] and isinstance(got[1], torch.Tensor):
+        came = " and ".join(map(kind, got))
+        raise Wrong(
+            f"{_SWAPPED}: for {of} in blocks of {block_size}, nf4 returns {came}, expected "
+            "(packed, scale)"
+        )
     rows, inputs = weight.shape
     wanted = (torch.uint8, (rows, inputs // 2)), (torch.float32, (rows, inputs // block_size))
     for name, value, form in zip(("packed", "scale"), got, wanted, strict=True):
@@ -98,6 +106,11 @@ def nf4_one_a_byte(weight, levels, block_size):
     return _nf4(weight, levels, block_size, pack=lambda c: c)
 
 
+def scale_before_codes(weight, levels, block_size):
+    """Returns the scale first, and the packed codes second."""
+    return _nf4(weight, levels, block_size)[::-1]
+
+
 def scale_of_the_row(weight, levels, block_size):
     """Takes one largest magnitude for the whole row."""
     blocks = weight.unflatten(1, (-1, block_size))
@@ -128,6 +141,7 @@ _WRONG = (
     (level_below, "take the nearest level, not the one below"),
     (nf4_halves_swapped, "the first of each pair belongs in the low half of the byte"),
     (nf4_one_a_byte, "these are 4-bit codes in 8-bit boxes; pack two into each byte"),
+    (scale_before_codes, _SWAPPED),
     (scale_of_the_row, "every block has a scale of its own"),
     (scale_of_the_largest, "the scale is the largest magnitude: the block may peak below zero"),
     (zero_block_divides, "a block of zeros has the scale 0, and 0 / 0 is NaN"),

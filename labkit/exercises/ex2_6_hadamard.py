@@ -64,6 +64,20 @@ def divided_by_n(x):
     return _transform(x) / x.shape[-1] ** 0.5
 
 
+def divided_by_the_size_of_each_level(x):
+    """Divides by the root of its own size at every level of a recursion."""
+    if x.shape[-1] <= 2:
+        return _transform(x)
+    first, second = map(divided_by_the_size_of_each_level, x.split(x.shape[-1] // 2, dim=-1))
+    return torch.cat([first + second, first - second], dim=-1) / x.shape[-1] ** 0.5
+
+
+def divided_in_every_stage(x):
+    """Divides by √n in each of the log₂ n stages."""
+    n = x.shape[-1]
+    return _transform(x) / n ** ((n.bit_length() - 2) / 2)
+
+
 def difference_first(x):
     """Puts the difference before the sum."""
     return _transform(x, lambda a, b: torch.cat([a - b, a + b], dim=-2))
@@ -100,6 +114,8 @@ def outputs_out_of_order(x):
 _WRONG = (
     (not_divided, "divide by √n: a rotation keeps the length of every row"),
     (divided_by_n, "divide by √n, not by n: applied twice it must give x back"),
+    (divided_by_the_size_of_each_level, "a level of a recursion divides by √2, whatever its size"),
+    (divided_in_every_stage, "divide by √n once, after the last stage, not in every stage"),
     (difference_first, "the sum comes first, then the difference"),
     (difference_reversed, "the difference is first minus second"),
     (one_stage, "one stage mixes pairs only; go on until the pairs are n / 2 apart"),
