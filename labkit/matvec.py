@@ -24,6 +24,7 @@ TILE = 64
 SPAN = 256
 """Inputs whose sum of products fits in 32 bits: 256 · 255 · 32767 is just below 2³¹."""
 AHEAD = 4096
+"""How many bytes before it needs them a kernel asks the memory for words."""
 _INT32 = ir.IntType(32)
 
 
@@ -98,18 +99,18 @@ def _pair_products(builder, a, b):
     return builder.add(*(builder.shuffle_vector(products, products, side) for side in sides))
 
 
-def _ask_for(builder, address):
-    # Bring the words of a later tile into the caches: the processor itself stops at 4 KB.
+def _ask_for(builder, address, ahead: int) -> None:
+    # Bring later words into the caches: the processor itself stops at the end of a page.
     kinds = [address.type, _INT32, _INT32, _INT32]
     kind = ir.FunctionType(ir.VoidType(), kinds)
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    for line in range(AHEAD, AHEAD + 4 * TILE, 64):
+    for line in range(ahead, ahead + 4 * TILE, 64):
         place = builder.gep(address, [ir.Constant(ir.IntType(64), line)])
         builder.call(function, [place, *(_INT32(value) for value in (0, 3, 1))])
 
 
 @intrinsic(prefer_literal=True)
-def tile_dots(typing_context, dots, words, pairs, bits):
+def tile_dots(typing_context, dots, words, pairs, bits, ahead):
     """Multiply words of 64 rows with the activations of their codes, all in integers.
 
     What Python says in two loops, a processor does 64 rows at once; so the loop over rows is
@@ -126,20 +127,22 @@ def tile_dots(typing_context, dots, words, pairs, bits):
         words: uint32 `(n_words, 64)`, contiguous.
         pairs: int32 `(n_words, 16 / bits)`: two int16 activations each, see `in_pairs`.
         bits: 8 or 4, a constant.
+        ahead: how many bytes further on memory is asked for words, a constant; 0: it is not.
     """
 
     def generate(context, builder, signature, arguments):
-        _write_tile_dots(context, builder, signature.args, arguments, bits.literal_value)
+        constants = bits.literal_value, ahead.literal_value
+        _write_tile_dots(context, builder, signature.args[:3], arguments[:3], *constants)
         return context.get_dummy_value()
 
-    return types.void(dots, words, pairs, bits), generate
+    return types.void(dots, words, pairs, bits, ahead), generate
 
 
-def _write_tile_dots(context, builder, kinds, arguments, bits: int) -> None:
+def _write_tile_dots(context, builder, kinds, arguments, bits: int, ahead: int) -> None:
     rows, halves = ir.VectorType(_INT32, TILE), ir.VectorType(ir.IntType(16), 2 * TILE)
     dots, words, pairs = (
         context.make_array(kind)(context, builder, value)
-        for kind, value in zip(kinds[:3], arguments[:3], strict=True)
+        for kind, value in zip(kinds, arguments, strict=True)
     )
     n_words = cgutils.unpack_tuple(builder, words.shape, 2)[0]
     mask, per_word = (1 << bits) - 1, 16 // bits
@@ -147,7 +150,8 @@ def _write_tile_dots(context, builder, kinds, arguments, bits: int) -> None:
     with cgutils.for_range(builder, n_words) as loop:
         place = builder.bitcast(words.data, rows.as_pointer())
         place = builder.gep(place, [loop.index])
-        _ask_for(builder, builder.bitcast(place, ir.IntType(8).as_pointer()))
+        if ahead:
+            _ask_for(builder, builder.bitcast(place, ir.IntType(8).as_pointer()), ahead)
         word, sums = builder.load(place), builder.load(total)
         word.align = 4
         first = builder.mul(loop.index, ir.Constant(n_words.type, per_word))
@@ -204,7 +208,25 @@ def span_sums(x, group_size):
     return sums
 
 
-@njit(parallel=True, fastmath={"contract"}, cache=True)
+@njit(fastmath={"contract"}, cache=True)
+def tile_product(y, words, bits, scale, zero_point, pairs, sums, group_size):
+    """Add the products of the 64 rows of one tile to y `(64,)`, for activations of scale 1."""
+    dots, per_word = np.empty(TILE, np.int32), 32 // bits
+    for group in range(len(sums)):
+        for span in range(sums.shape[1]):
+            first = group * group_size + span * SPAN
+            last = min(first + SPAN, (group + 1) * group_size)
+            some = slice(first // per_word, last // per_word)
+            if bits == 8:
+                tile_dots(dots, words[some], pairs[some], 8, AHEAD)
+            else:
+                tile_dots(dots, words[some], pairs[some], 4, AHEAD)
+            for row in range(TILE):
+                shift = np.int32(np.int32(zero_point[group, row]) * sums[group, span])
+                y[row] += scale[group, row] * np.float32(np.int32(dots[row] - shift))
+
+
+@njit(parallel=True, cache=True)
 def matvec_packed(words, bits, scale, zero_point, x, group_size):
     """Multiply a weight of 8 or 4 bits with x: the 64 rows of a tile at once, in integers.
 
@@ -219,26 +241,14 @@ def matvec_packed(words, bits, scale, zero_point, x, group_size):
     Returns:
         float32 `(n_tiles · 64,)`.
     """
-    y, per_word = np.empty((len(words), TILE), np.float32), 32 // bits
+    y = np.zeros((len(words), TILE), np.float32)
     codes, step = to_int16(x)
     pairs, sums = in_pairs(codes, bits), span_sums(codes, group_size)
     for tile in prange(len(words)):
-        total, dots = np.zeros(TILE, np.float32), np.empty(TILE, np.int32)
-        for group in range(len(sums)):
-            for span in range(sums.shape[1]):
-                first = group * group_size + span * SPAN
-                last = min(first + SPAN, (group + 1) * group_size)
-                some = slice(first // per_word, last // per_word)
-                if bits == 8:
-                    tile_dots(dots, words[tile, some], pairs[some], 8)
-                else:
-                    tile_dots(dots, words[tile, some], pairs[some], 4)
-                for row in range(TILE):
-                    shift = np.int32(np.int32(zero_point[tile, group, row]) * sums[group, span])
-                    dot = np.int32(dots[row] - shift)
-                    total[row] += scale[tile, group, row] * np.float32(dot)
+        grid = scale[tile], zero_point[tile]
+        tile_product(y[tile], words[tile], bits, *grid, pairs, sums, group_size)
         for row in range(TILE):
-            y[tile, row] = total[row] * step
+            y[tile, row] *= step
     return y.reshape(-1)
 
 
