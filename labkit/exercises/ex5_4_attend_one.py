@@ -19,7 +19,14 @@ def _cases():
     query = torch.tensor([[2.0, 0, 0, 0], [0, 0, 0, 0]])
     yield query, keys, scales[0], values, scales[1]
     random = torch.Generator().manual_seed(55)
-    shapes = ((4, 2, 6, 4), (1, 1, 1, 4), (3, 3, 5, 8), (6, 1, 9, 16), (6, 2, 17, 8), (9, 3, 40, 9))
+    shapes = (
+        (4, 2, 6, 4),
+        (1, 1, 1, 4),
+        (3, 3, 5, 8),
+        (6, 1, 12, 16),
+        (6, 2, 17, 8),
+        (9, 3, 40, 9),
+    )
     for largest in (1.0, 90.0):  # with large scores, exp overflows
         for heads, kv_heads, length, width in shapes:
             sizes = torch.linspace(largest, 1, heads)[:, None]
