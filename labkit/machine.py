@@ -1,5 +1,6 @@
 """The machine: memory a process takes, and hardware facts that bear on quantization."""
 
+import ctypes
 import gc
 import inspect
 import json
@@ -42,6 +43,17 @@ def resident_memory() -> int:
 
     gc.collect()
     return psutil.Process().memory_info().rss
+
+
+def release_memory() -> None:
+    """Collect garbage, and hand freed memory back to the system where the C library keeps it.
+
+    glibc keeps the many small blocks of a model that is gone, and the next model, with blocks of
+    other sizes, comes on top. Elsewhere this only collects garbage.
+    """
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class PeakMemory(NamedTuple):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -553,6 +554,21 @@ def test_timing_refuses_bad_input():
 
 
 # Memory
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keeps nothing")
+def test_released_memory_goes_back_to_the_system():
+    code = (
+        "import torch; from labkit import machine\n"
+        "a = torch.ones(10_000_000); del a\n"  # from here on glibc takes such blocks from its heap
+        "kept = [torch.ones(1_000_000) for _ in range(100)]; last = torch.ones(1_000_000)\n"
+        "full = machine.resident_memory(); del kept; freed = machine.resident_memory()\n"
+        "machine.release_memory(); print(full, freed, machine.resident_memory())"
+    )
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True)
+    full, freed, released = map(int, printed.split())
+    assert full - released > 300e6  # of 400
+    assert released <= freed
 
 
 def test_resident_memory_sees_what_is_allocated():

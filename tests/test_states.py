@@ -94,7 +94,7 @@ def other_grids(layer) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 def test_a_grid_of_something_else_is_refused(kind, of):
     layer = linear()
     before = layer.weight.detach().clone()
-    with pytest.raises(ValueError, match="(scale|zero_point) must"):
+    with pytest.raises(ValueError, match=r"(scale|zero_point) must"):
         of(layer, 4, 16, grid=other_grids(layer)[kind])
     assert torch.equal(layer.weight, before)
 

@@ -18,7 +18,7 @@ from labkit import data, evaluation, machine, microscaling, models, ptq, quant, 
 RECORD = Path(__file__).parents[2] / "notebooks" / "records" / "02_four_bits.jsonl"
 JUDGED = 12, 64
 CALIBRATION = 32, 128
-TOP = {"INT4": 7.0, "FP4": 6.0, "NF4": 1.0}
+TOP = {"INT4": 7.0, "INT4, 16 levels": 8.0, "FP4": 6.0, "NF4": 1.0}
 _BELOW = (-1.0, -0.696193, -0.525073, -0.394917, -0.284441, -0.184773, -0.091050, 0.0)
 _ABOVE = (0.079580, 0.160930, 0.246112, 0.337915, 0.440710, 0.562617, 0.722957, 1.0)
 NF4 = torch.tensor((*_BELOW, *_ABOVE))
@@ -27,8 +27,8 @@ ROTATED = ("Hadamard", "random Hadamard", "random rotation")
 
 def nearest(x: torch.Tensor, grid: str) -> torch.Tensor:
     """Round numbers to the nearest of a grid with 15 or 16 points, a key of `TOP`."""
-    if grid == "INT4":
-        return x.round().clamp(-7, 7)
+    if grid.startswith("INT4"):
+        return x.round().clamp(-TOP[grid], 7)
     if grid == "FP4":
         return microscaling.round_to_float(x, *microscaling.E2M1)
     return NF4[torch.bucketize(x, (NF4[1:] + NF4[:-1]) / 2)]
@@ -66,6 +66,9 @@ def round_weight(
     blocks = quant.to_groups(weight, block)
     scale = block_scale(blocks.abs().amax(-1, keepdim=True), TOP[grid], scale_format)
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+    if grid == "INT4, 16 levels":  # the largest magnitude takes the end with one level more
+        largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+        scale = torch.where(largest > 0, -scale, scale)
     if hessian is None:
         return (nearest(blocks / scale, grid) * scale).flatten(1)[:, : weight.shape[1]]
     # Twice the values of FP4 are integers.
@@ -145,12 +148,15 @@ def _round(layer: nn.Linear, task: dict, hessian: torch.Tensor | None) -> None:
 
 
 def round_inputs(x: torch.Tensor, how: str) -> torch.Tensor:
-    """Round activations: to a block format, or `"8 bits a token"`, `"8 bits a tensor"`, ….
+    """Round activations: to a block format, or `"8 bits a token"`, `"4 bits, blocks of 64"`, ….
 
-    Tokens get a symmetric grid, a tensor an asymmetric one, as the INT8 engines do.
+    Tokens and blocks get a symmetric grid, a tensor an asymmetric one, as the INT8 engines do.
     """
     if how in microscaling.BITS_PER_WEIGHT:
         return microscaling.round_to_blocks(x, how)
+    if "blocks of" in how:
+        blocks = x.unflatten(-1, (-1, int(how.split()[-1])))
+        return quant.fake_quantize(blocks, int(how[0]), symmetric=True, dim=-1).flatten(-2)
     bits, by_token = int(how[0]), how.endswith("token")
     return quant.fake_quantize(x, bits, symmetric=by_token, dim=-1 if by_token else None)
 
@@ -180,7 +186,17 @@ def tasks() -> list[dict]:
     found += [{"weights": w4, "activations": None, **turns[2]}]
     others = [("INT4", 32, "E8M0"), ("FP4", 32, "FP16"), ("FP4", 16, "E8M0"), ("NF4", 64, "FP16")]
     others += [("FP4", 64, "FP16"), ("INT4", 64, "FP16"), ("NF4", 32, "FP16"), ("FP4", 16, "FP16")]
-    return found + [{"weights": weights, "activations": None} for weights in others]
+    others += [("INT4, 16 levels", block, "FP16") for block in (16, 32, 64)]
+    others += [("INT4, 16 levels", 16, "E4M3")]
+    found += [{"weights": weights, "activations": None} for weights in others]
+    blocks = [(w4, f"4 bits, blocks of {size}") for size in (64, 16)]
+    alone = [(None, "4 bits a token"), (nv, None), (None, "NVFP4")]
+    return found + [
+        {"weights": w, "activations": a, **turn}
+        for w, a in (*alone, *blocks)
+        for turn in turns[:2]
+        if (w, a, turn) != (nv, None, {})
+    ]
 
 
 def run(record: Path = RECORD, chosen: Sequence[dict] | None = None) -> None:

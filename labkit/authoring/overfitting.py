@@ -22,6 +22,7 @@ BLOCKS = (2, 9, 16, 23)
 # How far GPTQ trusts what it saw: damping, and the share of correlations that goes.
 CARE = {"as it is": (0.01, 0.0), "damping 0.1": (0.1, 0.0), "damping 1": (1.0, 0.0)}
 CARE |= {"shrink 0.1": (0.01, 0.1), "shrink 0.5": (0.01, 0.5)}
+CROSSED = "reference-fit", 128  # much text and much caution together
 
 
 def articles(tokenizer, n_articles: int, n_windows: int) -> list[torch.Tensor]:
@@ -96,8 +97,9 @@ def main() -> None:
     lines = []
     for source, (ids, sizes) in sources.items():
         for size, fitted in hessians(model, ids, sizes):
-            for care, numbers in CARE.items() if size == 32 else [("as it is", (0.01, 0.0))]:
-                found = shares(model, fitted, judged, *numbers)
+            cares = CARE if size == 32 or (source, size) == CROSSED else ("as it is",)
+            for care in cares:
+                found = shares(model, fitted, judged, *CARE[care])
                 lines.append({"text": source, "windows": size, "care": care, "shares": found})
                 means = torch.tensor(found).mean(0).tolist()
                 print(source, size, care, means, flush=True)
