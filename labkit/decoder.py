@@ -1,7 +1,8 @@
 """A small decoder for Llama-type models: a KV cache around the kernels of `labkit.matvec`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,8 +22,13 @@ class Product:
     `bits` is 32, 8 or 4; `out`, the outputs; `nbytes`, what a product reads, biases included.
     """
 
-    def __init__(self, name: str, *layers: nn.Module):
-        """Lay the weights of layers out for their kernel; `name` is for messages.
+    def __init__(self, name: str, *layers: nn.Module, kernel: Callable = matvec.matvec_packed):
+        """Lay the weights of layers out for their kernel.
+
+        Args:
+            name: for messages.
+            layers: `(out, in)` each, of one `in`.
+            kernel: multiplies packed ones; called as `matvec.matvec_packed`.
 
         Raises:
             TypeError: if not all are `nn.Linear`, or all `PackedLinear`.
@@ -32,7 +38,7 @@ class Product:
         if len(kinds) > 1 or not kinds <= {nn.Linear, PackedLinear}:
             came = ", ".join(sorted(kind.__name__ for kind in kinds))
             raise TypeError(f"{name}: layers must be all Linear or all PackedLinear, not {came}")
-        self.bits, self.group_size = 32, 0
+        self.bits, self.group_size, self.kernel = 32, 0, kernel
         if kinds == {nn.Linear}:  # the model's own memory, so nothing is joined
             self.arrays = [layer.weight.detach().float().numpy() for layer in layers]
             self.out = sum(map(len, self.arrays))
@@ -70,7 +76,7 @@ class Product:
             if x.size < self.inputs:
                 x = np.pad(x, (0, self.inputs - x.size))
             words, *grid = self.arrays
-            y = matvec.matvec_packed(words, self.bits, *grid, x, self.group_size)[: self.out]
+            y = self.kernel(words, self.bits, *grid, x, self.group_size)[: self.out]
         return y + self.bias if self.bias.size else y
 
 
@@ -91,13 +97,19 @@ class Decoder(nn.Module):
 
     `length` is what the cache holds, in tokens; `nbytes`, what a step reads of weights."""
 
-    def __init__(self, model: nn.Module, max_length: int = 1024):
+    def __init__(
+        self,
+        model: nn.Module,
+        max_length: int = 1024,
+        kernel: Callable = matvec.matvec_packed,
+    ):
         """Take over a model, which goes on reading the prompts.
 
         Args:
             model: a causal LM of the Llama, Mistral, Qwen2 or Qwen3 family on the CPU; its linear
                 layers may be `PackedLinear`.
             max_length: tokens that the cache holds.
+            kernel: of the packed layers, see `Product`.
 
         Raises:
             TypeError, ValueError: if the model is of another architecture, or see `Product`;
@@ -109,10 +121,10 @@ class Decoder(nn.Module):
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, not {max_length}")
         base = model.model
-        self.blocks = [_block(f"model.layers.{i}", x) for i, x in enumerate(base.layers)]
+        self.blocks = [_block(f"model.layers.{i}", x, kernel) for i, x in enumerate(base.layers)]
         self.windows = [_window(self.config, block.self_attn) for block in base.layers]
         self.norm, self.epsilon = base.norm.weight.detach().numpy(), self.config.rms_norm_eps
-        self.head = Product("lm_head", model.lm_head)
+        self.head = Product("lm_head", model.lm_head, kernel=kernel)
         cos, sin = base.rotary_emb(base.norm.weight, torch.arange(max_length)[None])
         self.cos, self.sin = cos[0].numpy(), sin[0].numpy()
         heads = self.config.num_key_value_heads, max_length, base.layers[0].self_attn.head_dim
@@ -226,14 +238,15 @@ def _head_norm(attention: nn.Module) -> np.ndarray | None:
     return torch.cat(parts).numpy()
 
 
-def _block(name: str, block: nn.Module) -> tuple:
+def _block(name: str, block: nn.Module, kernel: Callable) -> tuple:
     attention, mlp = block.self_attn, block.mlp
+    product, projections = partial(Product, kernel=kernel), ("q_proj", "k_proj", "v_proj")
     return (
         block.input_layernorm.weight.detach().numpy(),
-        Product(f"{name}.self_attn", attention.q_proj, attention.k_proj, attention.v_proj),
+        product(f"{name}.self_attn", *(getattr(attention, each) for each in projections)),
         _head_norm(attention),
-        Product(f"{name}.self_attn.o_proj", attention.o_proj),
+        product(f"{name}.self_attn.o_proj", attention.o_proj),
         block.post_attention_layernorm.weight.detach().numpy(),
-        Product(f"{name}.mlp", mlp.gate_proj, mlp.up_proj),
-        Product(f"{name}.mlp.down_proj", mlp.down_proj),
+        product(f"{name}.mlp", mlp.gate_proj, mlp.up_proj),
+        product(f"{name}.mlp.down_proj", mlp.down_proj),
     )

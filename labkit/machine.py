@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -132,6 +133,7 @@ def hardware() -> dict[str, Any]:
         "logical cores": logical,
         "L1d cache bytes": cpu.get("l1d_cache_size"),
         "L2 cache bytes": cpu.get("l2_cache_size"),
+        "L3 cache bytes": _l3_nbytes(),
         "memory bytes": limits.memory().total,
         "instruction sets": [name for key, name in _INSTRUCTIONS.items() if cpu.get(key)],
         "quantized engines": [e for e in torch.backends.quantized.supported_engines if e != "none"],
@@ -140,6 +142,15 @@ def hardware() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def _l3_nbytes() -> int | None:
+    # Of the first processor, as Linux tells it: "307200K".
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+    except OSError:
+        return None
+    return int(size[:-1]) * 1024 if size.endswith("K") else None
 
 
 def quantized_engine() -> str:

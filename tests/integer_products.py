@@ -96,7 +96,7 @@ def onnx_runtime(x, w):
 
 
 def packed(bits: int) -> Callable:
-    """Our kernel of chapter 5: packed codes times float activations."""
+    """Our kernel of chapter 5: packed codes times activations rounded to 16 bits."""
 
     def product(x, w):
         from torch import nn

@@ -39,6 +39,11 @@ class _Machine:
         self.time += self.usual[name] * factor + self.compiling[name] * (number == 0)
         self.n_calls[name] += 1
 
+    def median(self, name: str, repeats: int) -> float:
+        """Return the median time of the calls after the first, without the drift."""
+        numbers = range(1, repeats + 1)
+        return self.usual[name] * median(self.odd_calls.get((name, i), 1) for i in numbers)
+
 
 class _Part:
     """One function of a machine. `judge` copies its inputs for a trial: the machine restarts."""
@@ -57,6 +62,10 @@ class _Part:
         return self
 
 
+# Medians are those of usual calls, but the median of the three ratios is not that of the medians.
+_UNEVEN = {("slow", 1): 0.5, ("slow", 3): 1.5, ("fast", 1): 1.5, ("fast", 2): 0.5}
+
+
 def _cases():
     first = (0.01, 0.2)
     machines = [
@@ -65,6 +74,8 @@ def _cases():
         (3, _Machine(0.004, 0.002, first, odd_calls={("slow", 1): 6})),
         (3, _Machine(0.005, 0.002, first, odd_calls={("fast", 2): 0.2})),
         (3, _Machine(0.006, 0.002, first, odd_calls={("fast", 1): 9})),
+        (2, _Machine(0.004, 0.002, first, odd_calls={("slow", 2): 1.5})),
+        (3, _Machine(0.004, 0.002, first, odd_calls=_UNEVEN)),
         (31, _Machine(0.004, 0.002, first, drift=0.01)),
         (11, _Machine(0.004, 0.005, first, 0.02, {("slow", 3): 7, ("fast", 5): 8})),
     ]
@@ -84,14 +95,18 @@ def _check(function) -> None:
 
 def _examine(slow, fast, clock, repeats, got) -> str | None:
     # Drift and odd calls move a right answer by up to 3 percent, whichever function goes first.
-    usual = clock.machine.usual
-    expected = usual["slow"] / usual["fast"]
+    machine = clock.machine
+    middles = [machine.median(name, repeats) for name in ("slow", "fast")]
+    expected = middles[0] / middles[1]
     written = call("speedup", slow, fast, clock, repeats)
-    complaint = number_misfit(written, got, expected, 0.05 * expected)
-    if complaint is None:
-        return None
-    times = " and ".join(f"{show(1000 * seconds)}" for seconds in usual.values())
-    return f"{complaint}, since usual calls take {times} ms"
+    if complaint := number_misfit(written, got, expected, 0.05 * expected):
+        times = " and ".join(f"{show(1000 * seconds)}" for seconds in middles)
+        return f"{complaint}, since the median calls take {times} ms"
+    calls = machine.n_calls
+    if set(calls.values()) != {repeats + 1}:
+        made = f"{calls['slow']} of slow and {calls['fast']} of fast"
+        return f"{written} makes {made} calls, expected {repeats + 1} of each"
+    return None
 
 
 def broken_speedup(slow, fast, clock, repeats):
@@ -173,6 +188,29 @@ def smallest_times(slow, fast, clock, repeats):
     return min(times[0]) / min(times[1])
 
 
+def median_of_ratios(slow, fast, clock, repeats):
+    """Takes the ratio of each round first."""
+    pairs = zip(*_in_turn(slow, fast, clock, repeats), strict=True)
+    return median(one / other for one, other in pairs)
+
+
+def upper_median(slow, fast, clock, repeats):
+    """Takes the upper of two middle times."""
+    times = _in_turn(slow, fast, clock, repeats)
+    return sorted(times[0])[repeats // 2] / sorted(times[1])[repeats // 2]
+
+
+def warm_up_each_round(slow, fast, clock, repeats):
+    """Calls both once more before each round."""
+    times = [], []
+    for _ in range(repeats):
+        slow()
+        fast()
+        times[0].append(_timed(slow, clock))
+        times[1].append(_timed(fast, clock))
+    return median(times[0]) / median(times[1])
+
+
 def only_warmed_up(slow, fast, clock, repeats):
     """Adds the warm-up, and leaves order and means."""
     times = _one_after_the_other(slow, fast, clock, repeats)
@@ -199,6 +237,9 @@ _WRONG = (
     (all_slow_calls_first, "the machine grows slower, and fast runs last: call them in turn"),
     (means_in_turn, "one odd call moves a mean: take the median"),
     (smallest_times, "one lucky call decides a minimum: take the median"),
+    (median_of_ratios, "take the median of each first, and divide once"),
+    (upper_median, "of an even number of times the median is the mean of the two middle ones"),
+    (warm_up_each_round, "one call of each before the first round is enough"),
     (only_warmed_up, "warm is not enough: the order and the mean still favor one side"),
     (only_in_turn, "in turn is not enough: first calls and odd ones still count"),
     (only_the_ratio, "the ratio is mended, but not yet what it measures"),
@@ -212,8 +253,9 @@ def speedup_fast_first(slow, fast, clock, repeats):
     while len(slow_times) < repeats:
         fast_times.append(_timed(fast, clock))
         slow_times.append(_timed(slow, clock))
-    middle = repeats // 2
-    return sorted(slow_times)[middle] / sorted(fast_times)[middle]
+    lower, upper = (repeats - 1) // 2, repeats // 2
+    middles = (sorted(times)[lower] + sorted(times)[upper] for times in (slow_times, fast_times))
+    return next(middles) / next(middles)
 
 
 def speedup_from_stamps(slow, fast, clock, repeats):

@@ -1,100 +1,198 @@
-"""Time llama.cpp on the file that SmolLM2 is converted from, and print the record as JSON.
+"""Time llama.cpp and our decoder in turn on SmolLM2, and print the record as JSON.
 
-    python tests/peers/llama_cpp_speed.py SmolLM2-135M-Instruct.Q4_1.gguf [--threads 2]
+    python tests/peers/llama_cpp_speed.py peers/xllamacpp SmolLM2-135M-Instruct.Q4_1.gguf
 
-Runs in an environment of its own that has llama-cpp-python, without labkit; see README.md.
+Runs in the environment of the workbook, with llama.cpp in a folder beside it; see README.md.
 """
 
 import argparse
+import copy
+import importlib.metadata
 import json
-import platform
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import llama_cpp
-import numpy as np
+import gguf
+import numba
+import torch
 
-PROMPT, STEPS, REPEATS = 64, 64, 5
-LONG_PROMPT, LONG_REPEATS = 512, 3
-FIRST_ID, STEP_ID = 1000, 5  # any tokens: the time does not depend on which
+import labkit as lk
+from labkit import mixed, ptq
+from labkit.decoder import Decoder
+from labkit.kernels import PackedLinear
+
+PROMPT, STEPS, REPEATS = 64, 24, 7
+LONG_PROMPT, LONG_REPEATS = 256, 3
+FIRST_ID, STEP_ID = 1000, 11  # any tokens: the time does not depend on which
+METHODS = {"scaling": True, "clipping": True, "compensation": True, "shrink": 0.1}
+TYPES = {"Q8_0": gguf.GGMLQuantizationType.Q8_0, "Q4_0": gguf.GGMLQuantizationType.Q4_0}
 
 
-def seconds(model: llama_cpp.Llama, ids: list[int]) -> float:
-    """Return the time that reading some tokens takes."""
+def convert(source: Path, path: Path, kind: gguf.GGMLQuantizationType) -> None:
+    """Write a GGUF file again with the matrices of its blocks in another type.
+
+    The embedding, which is also the head, stays in Q8_0, as in the source.
+    """
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            of = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=of)
+    for tensor in reader.tensors:
+        data, found = tensor.data, tensor.tensor_type
+        if len(tensor.shape) == 2 and tensor.name != "token_embd.weight":
+            data, found = gguf.quantize(gguf.dequantize(data, found), kind), kind
+        writer.add_tensor(tensor.name, data, raw_dtype=found)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def server(llama, path: Path, threads: int):
+    """Start llama.cpp on a file."""
+    parameters = llama.CommonParams()
+    parameters.model.path, parameters.n_ctx, parameters.n_parallel = str(path), 1024, 1
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    parameters.verbosity = 0
+    return llama.Server(parameters)
+
+
+def answer(model, length: int, n_tokens: int) -> dict:
+    """Let llama.cpp read a prompt and write; return its own account of the time."""
+    options = {"temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    ids = list(range(FIRST_ID, FIRST_ID + length))
+    found = model.handle_completions({"prompt": ids, "n_predict": n_tokens, **options})
+    return found["timings"]
+
+
+def llama_step(model) -> float:
+    return answer(model, PROMPT, STEPS)["predicted_per_token_ms"] / 1e3
+
+
+def llama_prompt(model) -> float:
+    return answer(model, LONG_PROMPT, 1)["prompt_ms"] / 1e3
+
+
+def our_step(decoder: Decoder) -> float:
+    decoder.length = PROMPT
     start = time.perf_counter()
-    model.eval(ids)
+    for _ in range(STEPS):
+        decoder.step(STEP_ID)
+    return (time.perf_counter() - start) / STEPS
+
+
+def our_prompt(decoder: Decoder) -> float:
+    start = time.perf_counter()
+    decoder.prefill(range(FIRST_ID, FIRST_ID + LONG_PROMPT))
     return time.perf_counter() - start
 
 
-def prompt(length: int) -> list[int]:
-    """Return token ids to read."""
-    return list(range(FIRST_ID, FIRST_ID + length))
+def our_decoder(model, bits: int, group_size: int | None, calibration_ids=None) -> Decoder:
+    """Return the decoder of chapter 5: the head in 8 bits, a scale a channel.
+
+    With calibration windows, scaling, clipping and GPTQ choose the codes, as in chapter 2.
+    """
+    net, grids = copy.deepcopy(model), {}
+    if calibration_ids is not None:
+        for i, (block, inputs) in enumerate(ptq.calibrate(net, calibration_ids)):
+            found = ptq.quantize_block(block, inputs, group_size, bits, **METHODS)
+            grids |= {f"model.layers.{i}.{name}": grid for name, grid in found.items()}
+    for name in [*mixed.layer_names(net), "lm_head"]:
+        layer, width = net.get_submodule(name), 8 if name == "lm_head" else bits
+        size = layer.in_features if name == "lm_head" or not group_size else group_size
+        net.set_submodule(name, PackedLinear(layer, width, size, grid=grids.get(name)))
+    return Decoder(net)
 
 
-def steps(model: llama_cpp.Llama) -> list[float]:
-    """Return the time of each of some single tokens that follow a prompt."""
-    model.reset()
-    model.eval(prompt(PROMPT))
-    return [seconds(model, [STEP_ID]) for _ in range(STEPS)]
+def from_file(path: Path):
+    """Return what a GGUF file holds, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
 
 
-def prefill(model: llama_cpp.Llama) -> float:
-    """Return the time of a long prompt that is read at once."""
-    model.reset()
-    return seconds(model, prompt(LONG_PROMPT))
+def loss(net, reference) -> dict:
+    """Score a model or a decoder: loss above the reference and its margin, by text."""
+    found = lk.quality(net, reference)
+    return {name: [text.loss.value, text.loss.margin] for name, text in found.items()}
 
 
-def summary(times: list[float]) -> dict:
-    """Return median and quartiles in seconds."""
-    low, median, high = np.quantile(times, [0.25, 0.5, 0.75]).tolist()
-    return {"median": median, "quartiles": [low, high]}
+def read_nbytes(path: Path) -> int:
+    """Return the bytes that a token reads: all matrices, the embedding once, as the head."""
+    return sum(int(t.n_bytes) for t in gguf.GGUFReader(path).tensors if len(t.shape) == 2)
 
 
-def cpu_name() -> str:
-    """Return the processor's name, as far as the system tells."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def summary(clocks: dict[str, Callable], repeats: int) -> dict:
+    """Time in turn; return the rounds of each, in seconds."""
+    found = lk.alternate(clocks, repeats, own_clock=True)
+    return {name: [float(f"{second:.4g}") for second in x.rounds] for name, x in found.items()}
 
 
-def system_info() -> str:
-    """Return what llama.cpp says of itself: the instruction sets that it was compiled for."""
-    return llama_cpp.llama_print_system_info().decode().strip()
-
-
-def measure(path: Path, threads: int) -> dict:
+def measure(llama, source: Path, threads: int, folder: Path) -> dict:
     """Return the whole record."""
-    options = {"n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads}
-    model = llama_cpp.Llama(str(path), verbose=False, logits_all=False, **options)
-    runs = [steps(model) for _ in range(REPEATS)]
+    torch.set_num_threads(threads)
+    numba.set_num_threads(threads)
+    files = {"Q4_1": source} | {name: folder / f"{name}.gguf" for name in TYPES}
+    for name, kind in TYPES.items():
+        convert(source, files[name], kind)
+    model, tokenizer = lk.load_model("smollm2", device="cpu")
+    reference = lk.reference(model, tokenizer, n_windows=8, length=256)
+    losses = {f"llama.cpp {name}": loss(from_file(files[name]), reference) for name in files}
+    losses["transformers BF16"] = loss(copy.deepcopy(model).bfloat16(), reference)
+    models = {f"llama.cpp {name}": server(llama, path, threads) for name, path in files.items()}
+    ours = {
+        "labkit INT8": our_decoder(model, 8, None),
+        "labkit INT4": our_decoder(model, 4, 64),
+        "labkit INT4, fitted": our_decoder(
+            model, 4, 64, lk.windows(tokenizer, "calibration", 30, 512)
+        ),
+    }
+    losses |= {name: loss(decoder, reference) for name, decoder in ours.items()}
+    for decoder in ours.values():
+        decoder.prefill(range(FIRST_ID, FIRST_ID + PROMPT))
+    steps = {name: partial(llama_step, each) for name, each in models.items()}
+    steps |= {name: partial(our_step, each) for name, each in ours.items()}
+    prompts = {name: partial(llama_prompt, each) for name, each in models.items()}
+    prompts |= {name: partial(our_prompt, each) for name, each in ours.items()}
+    with torch.inference_mode():
+        timed = {"seconds a token": summary(steps, REPEATS)}
+        timed["seconds of a prompt of 256"] = summary(prompts, LONG_REPEATS)
     return {
-        "label": "measured once on the machine named here; not run by the tests",
-        "file": path.name,
-        "llama-cpp-python": llama_cpp.__version__,
-        "numpy": np.__version__,
-        "settings": options,
-        "system": system_info(),
-        "cpu": cpu_name(),
+        "label": "measured once on the machine named here, in turn; not run by the tests",
         "date": time.strftime("%Y-%m-%d"),
-        "seconds a token": {
-            "prompt tokens": PROMPT,
-            "single tokens": STEPS,
-            "all runs": summary([one for run in runs for one in run]),
-            "each run": [summary(run) for run in runs],
+        "cpu": lk.hardware()["cpu"],
+        "threads": threads,
+        "xllamacpp": importlib.metadata.version("xllamacpp"),
+        "llama.cpp": llama.get_system_info(),
+        "labkit": {
+            "numba": numba.__version__,
+            "compiled for": numba.core.config.CPU_NAME or "host",
         },
-        "seconds of a prompt": {
-            "prompt tokens": LONG_PROMPT,
-            "each run": [prefill(model) for _ in range(LONG_REPEATS)],
-        },
+        "source": source.name,
+        "bytes a token": {f"llama.cpp {name}": read_nbytes(path) for name, path in files.items()}
+        | {name: decoder.nbytes for name, decoder in ours.items()},
+        "loss in nats and margin, 8 windows of 256": losses,
+        **timed,
     }
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("wheel", type=Path, help="the folder of the wheel of llama.cpp")
     parser.add_argument("path", type=Path, help="the GGUF file")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    record = measure(arguments.path, arguments.threads)
+    sys.path.append(str(arguments.wheel))
+    import xllamacpp
+
+    with tempfile.TemporaryDirectory() as folder:
+        record = measure(xllamacpp, arguments.path, arguments.threads, Path(folder))
     sys.stdout.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
