@@ -22,7 +22,8 @@ def _check(function) -> None:
             "cut sign, exponent and fraction out of the pattern yourself"
         )
     small = (0x3C00, 0xC000, 0x3E00, 0x0000, 0x0001, 0x0200, 0x7C00, 0xFC00, 0x7E00, 0x7BFF)
-    cases = ((pattern,) for pattern in (*small, *range(2**16)))
+    mixed = (place * 40503 % 2**16 for place in range(2**16))  # so that failures are of all kinds
+    cases = ((pattern,) for pattern in (*small, *mixed))
     judge("decode_fp16", function, cases, _examine, _WRONG)
 
 

@@ -5,7 +5,7 @@ The references are torch's `PerChannelMinMaxObserver` and, for the codes, the de
 
 import torch
 
-from labkit.exercises.judge import Exercise, insist_on_dtype, judge, kind, misfit, show
+from labkit.exercises.judge import Exercise, Wrong, insist_on_dtype, judge, kind, misfit, show
 
 
 def broken_quantize_rows(w, bits):
@@ -66,6 +66,9 @@ def _examine(w, bits, got) -> str | None:
             of = f" of {show(w[row, column].item())}" if name == "code" else ""
             which = show(w[row]) if w.shape[1] <= 10 else f"{row} of {kind(w)}"
             at = f"in the row {which} at {bits} bits"
+            if name == "zero point" and value[row, column] % 1:
+                at = f"a zero point is an integer: round it, and add the rounded one: {at}"
+                raise Wrong(f"{at} the {name} is {numbers[0]}, expected {numbers[1]}")
             return f"{at} the {name}{of} is {numbers[0]}, expected {numbers[1]}"
     return None
 
