@@ -67,7 +67,7 @@ def _examine(w, bits, got) -> str | None:
             which = show(w[row]) if w.shape[1] <= 10 else f"{row} of {kind(w)}"
             at = f"in the row {which} at {bits} bits"
             if name == "zero point" and value[row, column] % 1:
-                at = f"a zero point is an integer: round it, and add the rounded one: {at}"
+                at = f"a zero point is an integer, so round it and add the rounded one: {at}"
                 raise Wrong(f"{at} the {name} is {numbers[0]}, expected {numbers[1]}")
             return f"{at} the {name}{of} is {numbers[0]}, expected {numbers[1]}"
     return None
@@ -156,7 +156,7 @@ _WRONG = (
     (only_steps_mended, "the steps are right now; the range and a cast are still wrong"),
     (one_range_for_all_rows, "this is one range for the whole tensor; each row needs its own"),
     (range_per_column, "this reduces over the rows; take minimum and maximum within each row"),
-    (zero_point_unrounded, "a zero point is an integer: round it, and add the rounded one"),
+    (zero_point_unrounded, "a zero point is an integer, so round it and add the rounded one"),
     (zero_point_cut_off, "round the zero point to the nearest integer; this one is cut off"),
     (zero_point_unclipped, "a zero point is itself a code, so it must fit in 0 … 2^b − 1"),
 )

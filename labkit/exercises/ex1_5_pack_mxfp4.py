@@ -246,7 +246,7 @@ _WRONG = (
     ),
     (
         frexp_as_floor,
-        "the exponent of torch.frexp is one more than the floor of log2: its m lies below 1",
+        "the exponent of torch.frexp is one more than the floor of log2 (its m lies below 1)",
     ),
     (exponent_of_largest_x, "the exponent comes from the largest |x|, not from the largest x"),
     (
