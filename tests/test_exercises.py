@@ -156,6 +156,19 @@ def fp16_normal_only(pattern):
     return (-1) ** sign * 2 ** (((pattern >> 10) & 0x1F) - 15) * (1 + (pattern & 0x3FF) / 2**10)
 
 
+def fp16_with_whole_sign(pattern):
+    sign, field, fraction = (-1) ** (pattern >> 15), pattern >> 10 & 31, pattern & 1023
+    if field == 31:
+        return math.nan if fraction else sign * math.inf
+    return sign * (fraction + 1024 * (field > 0)) / 2**24 * 2 ** max(field - 1, 0)
+
+
+def bf16_normal_only(pattern):
+    return (
+        (-1) ** (pattern >> 15) * (1 + (pattern & 127) / 128) * 2.0 ** ((pattern >> 7 & 255) - 127)
+    )
+
+
 def fake_quantize_with_max(x, bits):
     q = 2 ** (bits - 1) - 1
     s = torch.max(x).item() / q or 1.0
@@ -172,6 +185,23 @@ def mxfp4_by_searchsorted(blocks):
     scaled = blocks / 2 ** exponent.clamp(min=-127)[:, None]
     codes = torch.searchsorted(values, scaled.abs(), right=True) - 1 + 8 * (scaled < 0).int()
     return (exponent.clamp(min=-127) + 127).byte(), (codes[:, ::2] + 16 * codes[:, 1::2]).byte()
+
+
+def mxfp4(exponent_of, largest_of):
+    def answer(blocks):
+        values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float32)
+        exponent = exponent_of(largest_of(blocks)).clamp(min=-127)
+        scaled = blocks / 2.0 ** exponent[:, None]
+        codes = (scaled.abs()[..., None] - values).abs().argmin(-1) + 8 * (scaled < 0)
+        return (exponent + 127).byte(), (codes[:, 0::2] + 16 * codes[:, 1::2]).byte()
+
+    return answer
+
+
+def rows_with_fraction(w, bits):
+    low, high = w.amin(1, keepdim=True).clamp(max=0), w.amax(1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / (2**bits - 1)).clamp(min=1e-8)
+    return (w / scale - low / scale).round().clamp(0, 2**bits - 1).byte(), scale, -low / scale
 
 
 def rows_with_zero_only(w, bits):
@@ -191,12 +221,30 @@ def calibrate_overwriting(batches):
     ("id", "answer", "fragment"),
     [
         ("1.1", fp16_normal_only, "subnormals"),
+        ("1.1", fp16_with_whole_sign, "0x8000 is −0.0"),
+        ("1.1", bf16_normal_only, "the fields of BF16"),
         ("1.1", lambda pattern: "1.0", "returns a str, expected a float"),
         ("1.1", lambda pattern: 2.0 ** (1024 * (pattern > 0x7BFF)), "OverflowError"),
         ("1.2", fake_quantize_with_max, "largest |x|"),
         ("1.2", lambda x, bits: x.double(), "expected a float32 tensor of shape (3,)"),
         ("1.4", bytes_as_float, "divide with //"),
         ("1.5", mxfp4_by_searchsorted, "take the nearest value"),
+        (
+            "1.5",
+            mxfp4(lambda x: torch.frexp(x).exponent - 2, lambda blocks: blocks.abs().amax(1)),
+            "the exponent of torch.frexp is one more",
+        ),
+        (
+            "1.5",
+            mxfp4(lambda x: torch.log2(x).ceil() - 2, lambda blocks: blocks.abs().amax(1)),
+            "rounds the exponent down",
+        ),
+        (
+            "1.5",
+            mxfp4(lambda x: torch.frexp(x).exponent - 3, lambda blocks: blocks.amax(1)),
+            "from the largest |x|, not from the largest x",
+        ),
+        ("1.3", rows_with_fraction, "a zero point is an integer"),
         ("1.3", rows_with_zero_only, "zero is in the range now"),
         ("1.6", calibrate_overwriting, "overwrites"),
         ("1.6", lambda batches: (torch.tensor(1.0), 0), ".item()"),

@@ -73,6 +73,12 @@ def cut_off(x, bits):
     return _to_grid(x, x.abs().max() / limit, -limit, limit, rounding=torch.trunc)
 
 
+def next_code_below(x, bits):
+    """Takes the floor where it should round to nearest."""
+    limit = 2 ** (bits - 1) - 1
+    return _to_grid(x, x.abs().max() / limit, -limit, limit, rounding=torch.floor)
+
+
 def all_levels_on_each_side(x, bits):
     """Divides by 2^b − 1 and clips there too: that grid needs b + 1 bits."""
     limit = 2**bits - 1
@@ -85,6 +91,17 @@ def scale_of_the_unsigned_range(x, bits):
     return _to_grid(x, x.abs().max() / (2**bits - 1), -limit, limit)
 
 
+def scale_of_one_code_more(x, bits):
+    """Divides the whole range by 2^b − 1, the steps of 2^b codes, and clips the larger code."""
+    limit = 2 ** (bits - 1) - 1
+    return _to_grid(x, 2 * x.abs().max() / (2**bits - 1), -limit, limit)
+
+
+def one_code_more(x, bits):
+    """Divides the whole range by 2^b − 1 and does not clip."""
+    return _to_grid(x, 2 * x.abs().max() / (2**bits - 1), -math.inf, math.inf)
+
+
 def full_negative_range(x, bits):
     """Divides by 2^(b−1), a code that only the negative side has."""
     limit = 2 ** (bits - 1)
@@ -95,6 +112,12 @@ def codes_only(x, bits):
     """Stops at the codes and never multiplies by the scale."""
     limit = 2 ** (bits - 1) - 1
     return torch.nan_to_num(x / (x.abs().max() / limit)).round()
+
+
+def multiplied_first(x, bits):
+    """Multiplies by the scale to find the codes, and divides to come back."""
+    scale = x.abs().max() / (2 ** (bits - 1) - 1)
+    return torch.nan_to_num((x * scale).round() / scale)
 
 
 def zero_divided_by_zero(x, bits):
@@ -141,8 +164,17 @@ _WRONG = (
     (largest_x, "the scale comes from the largest |x|, not from the largest x"),
     (largest_x_unclipped, "take the scale from the largest |x|, or codes leave the range"),
     (cut_off, "round to the nearest code instead of cutting the fraction off"),
+    (next_code_below, "the nearest code is asked for, not the next one below (floor)"),
     (all_levels_on_each_side, "2^b − 1 codes on each side of 0 need b + 1 bits"),
     (scale_of_the_unsigned_range, "a scale of max |x| / (2^b − 1) is too small: large values clip"),
+    (
+        scale_of_one_code_more,
+        "2 · max |x| / (2^b − 1) is the scale of 2^b codes; a symmetric grid has 2^b − 1",
+    ),
+    (
+        one_code_more,
+        "with 2 · max |x| / (2^b − 1) the largest |x| gets the code 2^(b−1), one too many",
+    ),
     (full_negative_range, "divide by 2^(b−1) − 1: the code 2^(b−1) exists only as a negative"),
     (codes_only, "these are the codes; multiply them by the scale to come back to real values"),
     (zero_divided_by_zero, "an all-zero tensor has the scale 0, and 0 / 0 is NaN"),
@@ -150,6 +182,10 @@ _WRONG = (
     (asymmetric_with_zero, "this grid has a zero point; a symmetric one reaches equally far"),
     (scale_a_row, "this is one scale a row; the whole tensor shares one"),
     (floored_scale, "a floor under the scale wipes out small tensors: guard against 0 alone"),
+    (
+        multiplied_first,
+        "codes are x divided by the scale, and come back times the scale; this turns it round",
+    ),
 )
 
 

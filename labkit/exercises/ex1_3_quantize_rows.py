@@ -5,7 +5,7 @@ The references are torch's `PerChannelMinMaxObserver` and, for the codes, the de
 
 import torch
 
-from labkit.exercises.judge import Exercise, insist_on_dtype, judge, kind, misfit, show
+from labkit.exercises.judge import Exercise, Wrong, insist_on_dtype, judge, kind, misfit, show
 
 
 def broken_quantize_rows(w, bits):
@@ -64,7 +64,11 @@ def _examine(w, bits, got) -> str | None:
             row, column = (~right).nonzero()[0].tolist()
             numbers = show(value[row, column].item()), show(expected[row, column].item())
             of = f" of {show(w[row, column].item())}" if name == "code" else ""
-            at = f"in the row {show(w[row])} at {bits} bits"
+            which = show(w[row]) if w.shape[1] <= 10 else f"{row} of {kind(w)}"
+            at = f"in the row {which} at {bits} bits"
+            if name == "zero point" and value[row, column] % 1:
+                at = f"a zero point is an integer, so round it and add the rounded one: {at}"
+                raise Wrong(f"{at} the {name} is {numbers[0]}, expected {numbers[1]}")
             return f"{at} the {name}{of} is {numbers[0]}, expected {numbers[1]}"
     return None
 
@@ -122,6 +126,19 @@ def range_per_column(w, bits):
     return _rows(w, bits, dim=0)
 
 
+def zero_point_unrounded(w, bits):
+    """Leaves a fraction in the zero point and cuts it off in the codes."""
+    codes, scale, _ = zero_point_cut_off(w, bits)
+    return codes, scale, -w.amin(1, keepdim=True).clamp(max=0) / scale
+
+
+def zero_point_cut_off(w, bits):
+    """Cuts the fraction of the zero point off, as int() does."""
+    _, scale, _ = _rows(w, bits)
+    zero_point = (-w.amin(1, keepdim=True).clamp(max=0) / scale).floor()
+    return ((w / scale).round() + zero_point).clamp(0, 2**bits - 1).byte(), scale, zero_point
+
+
 def zero_point_unclipped(w, bits):
     """Saves the all-positive row with a zero point that does not fit into the codes."""
     low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
@@ -139,6 +156,8 @@ _WRONG = (
     (only_steps_mended, "the steps are right now; the range and a cast are still wrong"),
     (one_range_for_all_rows, "this is one range for the whole tensor; each row needs its own"),
     (range_per_column, "this reduces over the rows; take minimum and maximum within each row"),
+    (zero_point_unrounded, "a zero point is an integer, so round it and add the rounded one"),
+    (zero_point_cut_off, "round the zero point to the nearest integer; this one is cut off"),
     (zero_point_unclipped, "a zero point is itself a code, so it must fit in 0 … 2^b − 1"),
 )
 

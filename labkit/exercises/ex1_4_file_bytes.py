@@ -60,6 +60,16 @@ def one_row_of_scales(rows, columns, bits, group_size):
     return rows * columns * bits // 8 + 3 * columns // group_size
 
 
+def groups_down_columns(rows, columns, bits, group_size):
+    """Lets groups run down the columns and drops what is left at the end of each."""
+    return rows * columns * bits // 8 + 3 * columns * (rows // group_size)
+
+
+def short_groups_down_columns(rows, columns, bits, group_size):
+    """Lets groups run down the columns, the last of each shorter."""
+    return rows * columns * bits // 8 + 3 * columns * -(-rows // group_size)
+
+
 def float32_scales(rows, columns, bits, group_size):
     """Stores the scales in four bytes each."""
     return rows * columns * bits // 8 + 5 * rows * columns // group_size
@@ -77,6 +87,11 @@ _WRONG = (
     (byte_per_code, "packed 4-bit codes lie two to a byte"),
     (scale_per_row, "a scale and a zero point are stored per group, not per row"),
     (one_row_of_scales, "every row has columns / group_size groups; these are one row's"),
+    (groups_down_columns, "a group runs along a row; these run down the columns"),
+    (
+        short_groups_down_columns,
+        "these groups run down the columns, and some are cut short; let them run along the rows",
+    ),
     (float32_scales, "a float16 scale takes two bytes, not four"),
     (bits_not_bytes, "this counts bits; a byte holds 8"),
 )

@@ -26,11 +26,14 @@ def _check(function) -> None:
     nearly = torch.full((1, 32), 0.75, dtype=torch.float32)
     nearly[0, 3] = torch.tensor(8 - 2**-21, dtype=torch.float32)
     cases.append((nearly,))
+    for first in ((8.0, -2.0), (-8.0, 2.0), (0.5, 0.125)):  # powers of two; the largest below 0
+        cases.append((torch.zeros(1, 32, dtype=torch.float32),))
+        cases[-1][0][0, :2] = torch.tensor(first)
     for blocks, spread in ((1, 0), (2, 1), (5, 8), (64, 2)):
         w = torch.randn(blocks, 32, generator=random, dtype=torch.float32)
         size = torch.randn(blocks, 1, generator=random, dtype=torch.float32)
         w *= torch.exp2(spread * size)
-        if blocks > 2:
+        if blocks > 5:
             w[1] = 0
         cases.append((w,))
     judge("pack_mxfp4", function, cases, _examine, _WRONG)
@@ -130,6 +133,25 @@ def exponent_rounded_up(blocks):
     return _packed(blocks, rule=lambda largest: torch.log2(largest).ceil())
 
 
+def frexp_as_floor(blocks):
+    """Takes torch.frexp's exponent for the floor of log2, one too high."""
+    return _packed(blocks, rule=lambda largest: torch.frexp(largest).exponent.double())
+
+
+def exponent_of_largest_x(blocks):
+    """Takes the exponent from max x, so a block that reaches further below 0 is cut off."""
+    positive = blocks.clamp(min=0)
+    scale, _ = _pack(positive.where(positive.amax(1, keepdim=True) > 0, blocks))
+    step = 2.0 ** (scale.double() - 127)[:, None]
+    _, codes = _pack((blocks / step).clamp(-6, 6), rule=lambda x: torch.full_like(x, 2.0))
+    return scale, _pairs(codes)
+
+
+def multiplied_by_the_scale(blocks):
+    """Multiplies by 2^exponent to find the codes."""
+    return _packed(blocks, invert=True)
+
+
 def exponent_to_nearest(blocks):
     """Rounds the exponent to the nearest."""
     return _packed(blocks, rule=lambda largest: torch.log2(largest).round())
@@ -158,6 +180,17 @@ def fp8_bias(blocks):
     """Adds the bias of E4M3, 7."""
     scale, packed = _packed(blocks)
     return (scale.int() - 120).to(torch.uint8), packed
+
+
+def bias_of_128(blocks):
+    """Adds 128, half of 256."""
+    return _packed(blocks, bias=128)
+
+
+def sign_in_low_bit(blocks):
+    """Puts the sign below the magnitude."""
+    scale, codes = _pack(blocks, sign=False)
+    return scale, _pairs(2 * codes + (blocks < 0))
 
 
 def sign_forgotten(blocks):
@@ -211,12 +244,23 @@ _WRONG = (
         exponent_rounded_up,
         "the rule of MX rounds the exponent down (floor), and lets the top saturate",
     ),
+    (
+        frexp_as_floor,
+        "the exponent of torch.frexp is one more than the floor of log2 (its m lies below 1)",
+    ),
+    (exponent_of_largest_x, "the exponent comes from the largest |x|, not from the largest x"),
+    (
+        multiplied_by_the_scale,
+        "the numbers are divided by 2^exponent; this multiplies them",
+    ),
     (exponent_to_nearest, "the exponent is the floor of log2, not the nearest integer"),
     (
         scale_to_six,
         "an MX scale is a power of two, and the codes must be found with that very scale",
     ),
     (bias_forgotten, "the scale byte is the exponent plus 127; this one has no bias"),
+    (bias_of_128, "the bias of E8M0 is 127, as in FP32: 2^7 − 1, not 128"),
+    (sign_in_low_bit, "the sign stands above the three bits of the magnitude, not below them"),
     (fp8_bias, "7 is the bias inside an E4M3 number; the scale byte (E8M0) has the bias 127"),
     (sign_forgotten, "the sign is the highest bit of the code: add 8 for a negative number"),
     (

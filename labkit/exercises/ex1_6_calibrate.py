@@ -14,7 +14,7 @@ from labkit.exercises.judge import Exercise, Wrong, judge, kind, show
 def _check(function) -> None:
     random = torch.Generator().manual_seed(16)
     lists = [[[-1.0, 2.0], [5.0, 0.0], [1.0]], [[2.0, 3.0], [4.0]], [[-4.0], [-2.0, -3.0]]]
-    lists.append([[[-0.5, 1.0], [0.25, 0.0]]])
+    lists += [[[-0.5, 1.0], [0.25, 0.0]]], [[-1.0, 2.5]], [[-1.0], [1.6, 0.5]]
     cases = [([torch.tensor(x, dtype=torch.float32) for x in batches],) for batches in lists]
     for shapes in (((4, 8), (2, 8), (7, 8)), ((3,), (2, 5), (1, 2, 3)), ((64, 32),) * 5):
         for shift in (0.0, 9.0):
@@ -99,6 +99,31 @@ def zero_point_sign(batches):
     return scale, -zero_point
 
 
+def zero_point_cut_off(batches):
+    """Cuts the fraction of the zero point off, as int() does."""
+    low, high = min(0.0, *(b.min().item() for b in batches)), max(b.max() for b in batches)
+    scale, _ = _grid(low, high)
+    return scale, int(-low / scale)
+
+
+def zero_point_rounded_up(batches):
+    """Rounds the zero point up."""
+    low, high = min(0.0, *(b.min().item() for b in batches)), max(b.max() for b in batches)
+    scale, _ = _grid(low, high)
+    return scale, math.ceil(-low / scale)
+
+
+def zero_point_less_128(batches):
+    """Lays the same grid with codes from −128 to 127."""
+    scale, zero_point = _grid(min(b.min() for b in batches), max(b.max() for b in batches))
+    return scale, zero_point - 128
+
+
+def symmetric_without_zero_point(batches):
+    """Takes the symmetric grid of signed codes, max |x| / 127 with the zero point 0."""
+    return max(b.abs().max().item() for b in batches) / 127, 0
+
+
 def zero_point_clamped(batches):
     """Leaves zero out of the range, then clamps the zero point into the codes."""
     scale, zero_point = zero_left_out(batches)
@@ -114,6 +139,16 @@ _WRONG = (
     (range_of_means, "batch means lie well inside the data; the range needs the extreme values"),
     (steps_256, "256 codes have 255 steps between them"),
     (symmetric_activations, "this grid is symmetric; an asymmetric one reaches from low to high"),
+    (zero_point_cut_off, "round the zero point to the nearest: int() cuts its fraction off"),
+    (zero_point_rounded_up, "the zero point is rounded to the nearest integer, not up"),
+    (
+        zero_point_less_128,
+        "this zero point is for codes from −128 to 127; here they start at 0",
+    ),
+    (
+        symmetric_without_zero_point,
+        "max |x| / 127 with zero point 0 is the grid of signed codes; here they run from 0 to 255",
+    ),
     (zero_point_sign, "low + zero_point · scale must be 0, so the zero point is −low / scale"),
 )
 
