@@ -128,7 +128,8 @@ def verdicts():
     cells = code_cells(nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4))
     no_claims = SimpleNamespace(claims=SimpleNamespace(REGISTRY={}))
     namespace = {"json": json, "re": re, "Path": Path, "namedtuple": namedtuple, "lk": no_claims}
-    starts = ("LINE = re", "EVIDENCE = {", "# The notebooks", "HOLDS_WHEN = {", "def verdict_on")
+    starts = ("LINE = re", "EVIDENCE = {", "# The notebooks", "HOLDS_WHEN = {")
+    starts += ("def printed_by", "def claims_made", "def verdict_on", "def still_to_state")
     for cell in cells:
         if cell.source.startswith(starts):
             exec(cell.source, namespace)
