@@ -49,10 +49,13 @@ def score(task):
 """
 
 
+SWEEP = "\n".join(taught(CHAPTER, name) for name in ("whole_lines", "sweep"))
+
+
 @pytest.fixture
 def sweep():
     namespace = {"joblib": joblib, "json": json, "Path": Path, "tqdm": tqdm}
-    exec(taught(CHAPTER, "sweep"), namespace)
+    exec(SWEEP, namespace)
     return namespace["sweep"]
 
 
@@ -100,7 +103,7 @@ def test_a_killed_sweep_repeats_nothing_and_loses_nothing(sweep, tmp_path):
             return {{"task": task, "square": task["seed"] ** 2}}
     """
     call = f"sweep(run, [{{'seed': s}} for s in range(6)], {str(path)!r})"
-    program = f"{textwrap.dedent(script)}\n{taught(CHAPTER, 'sweep')}\n{call}\n"
+    program = f"{textwrap.dedent(script)}\n{SWEEP}\n{call}\n"
     first = subprocess.run([sys.executable, "-c", program], capture_output=True)
     assert first.returncode == 9
     kept = path.read_text().splitlines()
@@ -128,7 +131,7 @@ def verdicts():
     cells = code_cells(nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4))
     no_claims = SimpleNamespace(claims=SimpleNamespace(REGISTRY={}))
     namespace = {"json": json, "re": re, "Path": Path, "namedtuple": namedtuple, "lk": no_claims}
-    starts = ("LINE = re", "EVIDENCE = {", "# The notebooks", "HOLDS_WHEN = {")
+    starts = ("LINE = re", "EVIDENCE", "# The notebooks", "HOLDS_WHEN = {", "DOES_NOT_HOLD = {")
     starts += ("def printed_by", "def claims_made", "def verdict_on", "def still_to_state")
     for cell in cells:
         if cell.source.startswith(starts):
@@ -316,12 +319,13 @@ def test_it_knows_which_notebook_states_what(verdicts):
 
 def test_the_record_holds_every_strategy_once():
     cells = code_cells(nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4))
-    (table,) = [c for c in cells if c.source.lstrip("#").find("STRATEGIES = {") >= 0]
-    named = next(
-        node.value
-        for node in syntax_tree(table).body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "STRATEGIES"
-    )
+    named = [
+        key.value
+        for cell in cells
+        for node in syntax_tree(cell).body
+        if ast.unparse(node).startswith(("STRATEGIES = {", "STRATEGIES |= {"))
+        for key in node.value.keys
+    ]
     lines = (NOTEBOOKS / "records" / "06_smollm2.jsonl").read_text(encoding="utf8").splitlines()
     recorded = [json.loads(line)["task"]["strategy"] for line in lines]
-    assert sorted(recorded) == sorted(key.value for key in named.keys)
+    assert sorted(recorded) == sorted(named)

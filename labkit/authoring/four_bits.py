@@ -189,13 +189,10 @@ def tasks() -> list[dict]:
     others += [("INT4, 16 levels", block, "FP16") for block in (16, 32, 64)]
     others += [("INT4, 16 levels", 16, "E4M3")]
     found += [{"weights": weights, "activations": None} for weights in others]
-    blocks = [(w4, f"4 bits, blocks of {size}") for size in (64, 16)]
+    blocks = [(w, f"4 bits, blocks of {size}") for w in (w4, None) for size in (64, 16)]
     alone = [(None, "4 bits a token"), (nv, None), (None, "NVFP4")]
     return found + [
-        {"weights": w, "activations": a, **turn}
-        for w, a in (*alone, *blocks)
-        for turn in turns[:2]
-        if (w, a, turn) != (nv, None, {})
+        {"weights": w, "activations": a, **turn} for w, a in (*alone, *blocks) for turn in turns[:2]
     ]
 
 
@@ -217,6 +214,7 @@ def run(record: Path = RECORD, chosen: Sequence[dict] | None = None) -> None:
         entry = {"task": task, "where": where, "judged": JUDGED, "on": on}
         with record.open("a", encoding="utf8") as file:
             file.write(json.dumps(entry) + "\n")
+        done.append(task)
         means = {name: f"{q.loss} {q.kl}" for name, q in found.items()}
         print(task, means, flush=True)
 
