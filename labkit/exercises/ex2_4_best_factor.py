@@ -99,37 +99,26 @@ def root_mean_square(weight, x, alphas, quantize):
     return _search(weight, x, alphas, quantize, x.square().mean(0).sqrt().clamp(min=1e-5))
 
 
+def _by_product(weight, x, alphas, quantize, product):
+    def error(s):
+        return (x @ weight.T - product(s)).norm()
+
+    return _search(weight, x, alphas, quantize, error=error)
+
+
 def divided_twice(weight, x, alphas, quantize):
     """Divides both the activations and the rounded weight."""
-    return _search(
-        weight,
-        x,
-        alphas,
-        quantize,
-        error=lambda s: (x @ weight.T - x / s @ (quantize(weight * s) / s).T).norm(),
-    )
+    return _by_product(weight, x, alphas, quantize, lambda s: x / s @ (quantize(weight * s) / s).T)
 
 
 def weight_not_multiplied(weight, x, alphas, quantize):
     """Divides the activations and rounds the weight as it is."""
-    return _search(
-        weight,
-        x,
-        alphas,
-        quantize,
-        error=lambda s: (x @ weight.T - x / s @ quantize(weight).T).norm(),
-    )
+    return _by_product(weight, x, alphas, quantize, lambda s: x / s @ quantize(weight).T)
 
 
 def sides_exchanged(weight, x, alphas, quantize):
     """Multiplies the activations and divides the weight."""
-    return _search(
-        weight,
-        x,
-        alphas,
-        quantize,
-        error=lambda s: (x @ weight.T - x * s @ quantize(weight / s).T).norm(),
-    )
+    return _by_product(weight, x, alphas, quantize, lambda s: x * s @ quantize(weight / s).T)
 
 
 def error_of_weights(weight, x, alphas, quantize):
