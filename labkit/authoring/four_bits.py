@@ -190,10 +190,9 @@ def tasks() -> list[dict]:
     others += [("INT4, 16 levels", 16, "E4M3")]
     found += [{"weights": weights, "activations": None} for weights in others]
     blocks = [(w, f"4 bits, blocks of {size}") for w in (w4, None) for size in (64, 16)]
-    alone = [(None, "4 bits a token"), (nv, None), (None, "NVFP4")]
-    return found + [
-        {"weights": w, "activations": a, **turn} for w, a in (*alone, *blocks) for turn in turns[:2]
-    ]
+    alone = [(None, "4 bits a token"), (None, "NVFP4"), *blocks]
+    found += [{"weights": w, "activations": a, **turn} for w, a in alone for turn in turns[:2]]
+    return [*found, {"weights": nv, "activations": None, **turns[1]}]
 
 
 def run(record: Path = RECORD, chosen: Sequence[dict] | None = None) -> None:
