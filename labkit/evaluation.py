@@ -97,6 +97,7 @@ def reference(
     n_windows: int = 8,
     length: int = 256,
     texts: Iterable[str] = EVALUATION,
+    batch_size: int = 1,
 ) -> Reference:
     """Run a model on the evaluation texts, to compare others with it by `quality`.
 
@@ -105,6 +106,7 @@ def reference(
         tokenizer: its tokenizer.
         n_windows, length: how many windows of each text, of how many tokens.
         texts: their names, see `labkit.texts.text`.
+        batch_size: windows a call, see `quality`.
 
     Raises:
         TypeError: if the model's logits come from elsewhere.
@@ -115,7 +117,7 @@ def reference(
     ids = {name: windows(tokenizer, name, n_windows, length) for name in texts}
     some = next(iter(ids))
     with evaluating(model):
-        hidden = {name: _hidden(model, rows) for name, rows in ids.items()}
+        hidden = {name: _hidden(model, rows, batch_size) for name, rows in ids.items()}
         expected = model(ids[some][:1]).logits
     logits = nn.functional.linear(hidden[some][:1], model.lm_head.weight)
     if not torch.allclose(expected, logits, rtol=1e-3, atol=1e-3):
@@ -125,8 +127,11 @@ def reference(
     return Reference(ids, scores, hidden, head)
 
 
-def _hidden(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return torch.cat([model.model(row).last_hidden_state.float() for row in ids.split(1)])
+def _hidden(model: nn.Module, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
+    check_ids(model, ids, batch_size)
+    return torch.cat(
+        [model.model(part).last_hidden_state.float() for part in ids.split(batch_size)]
+    )
 
 
 def _score(hidden: torch.Tensor, ids: torch.Tensor, head: torch.Tensor) -> Perplexity:
@@ -137,30 +142,35 @@ def _score(hidden: torch.Tensor, ids: torch.Tensor, head: torch.Tensor) -> Perpl
     return summarize(torch.stack(rows))
 
 
-def quality(model: nn.Module, reference: Reference) -> Quality:
+def quality(model: nn.Module, reference: Reference, batch_size: int = 1) -> Quality:
     """Compare a model with a reference on the texts that the reference holds, in eval mode.
 
     Args:
-        model: called as `model(ids)`; returns logits `(1, length, vocabulary)`, bare or as
+        model: called as `model(ids)`; returns logits `(batch, length, vocabulary)`, bare or as
             `.logits`. For errors see `measure.check_ids`.
         reference: from `reference`, with the same tokenizer.
+        batch_size: windows a call. More are faster, but one at a time is right for a model whose
+            windows are not independent, such as one that rounds a whole batch with one scale.
     """
     with evaluating(model):
-        return Quality({name: _on_text(model, reference, name) for name in reference.ids})
+        return Quality(
+            {name: _on_text(model, reference, name, batch_size) for name in reference.ids}
+        )
 
 
 @torch.inference_mode()
-def _on_text(model: nn.Module, reference: Reference, name: str) -> TextQuality:
+def _on_text(model: nn.Module, reference: Reference, name: str, batch_size: int) -> TextQuality:
     ids = reference.ids[name]
-    check_ids(model, ids, 1)
-    rows = []
-    for window, hidden in zip(ids, reference.hidden[name], strict=True):
-        output = model(window[None])
-        logits = getattr(output, "logits", output)[0, :-1]
-        parts = (x.split(_CHUNK) for x in (logits, hidden[:-1], window[1:]))
-        found = [_compare(*part, reference.head) for part in zip(*parts, strict=True)]
-        rows.append(torch.cat(found, dim=1).mean(1))
-    nats, kl, same = torch.stack(rows, dim=1)
+    check_ids(model, ids, batch_size)
+    found = []
+    pairs = zip(ids.split(batch_size), reference.hidden[name].split(batch_size), strict=True)
+    for rows, hidden in pairs:
+        output = model(rows)
+        logits = getattr(output, "logits", output)
+        tokens = (logits[:, :-1].flatten(0, 1), hidden[:, :-1].flatten(0, 1))
+        parts = (x.split(_CHUNK) for x in (*tokens, rows[:, 1:].flatten()))
+        found += [_compare(*part, reference.head) for part in zip(*parts, strict=True)]
+    nats, kl, same = torch.cat(found, dim=1).unflatten(1, (len(ids), -1)).mean(-1)
     return TextQuality(
         Estimate(nats - reference.perplexity[name].window_nats), Estimate(kl), Estimate(same)
     )

@@ -153,15 +153,15 @@ def dequantize_nvfp4(
     return (blocks * (scale.float()[..., None] * tensor_scale)).flatten(-2)
 
 
-_FORMATS = {
-    "MXFP8": (quantize_mxfp8, dequantize_mxfp8),
-    "MXFP4": (quantize_mxfp4, dequantize_mxfp4),
-    "NVFP4": (quantize_nvfp4, dequantize_nvfp4),
-}
+_FORMATS = {"MXFP8": (32, E4M3, 8), "MXFP4": (32, E2M1, 2), "NVFP4": (16, E2M1, None)}
+# Size of a block, elements, and by the rule of MX the exponent of the largest.
 
 
 def round_to_blocks(w: torch.Tensor, number_format: str) -> torch.Tensor:
     """Round a weight to a block format and back, float32, of the same shape.
+
+    It returns what the `quantize_` and `dequantize_` functions of the format return together, and
+    is faster, since it packs no codes.
 
     Args:
         w: float `(..., n)`, finite; the block divides n.
@@ -172,5 +172,12 @@ def round_to_blocks(w: torch.Tensor, number_format: str) -> torch.Tensor:
     """
     if number_format not in _FORMATS:
         raise ValueError(f"number_format must be one of {[*_FORMATS]}, not {number_format!r}")
-    quantize, dequantize = _FORMATS[number_format]
-    return dequantize(*quantize(w))
+    size, elements, largest_exponent = _FORMATS[number_format]
+    blocks = to_blocks(w, size)
+    if number_format == "NVFP4":
+        largest = blocks.abs().amax(-1, keepdim=True)
+        tensor_scale = (largest.max() / (6 * 448)).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = round_to_float(largest / 6 / tensor_scale, *E4M3).clamp(min=2**-9) * tensor_scale
+    else:
+        scale = 2.0 ** shared_exponent(blocks, largest_exponent)
+    return (round_to_float(blocks / scale, *elements) * scale).flatten(-2)

@@ -131,3 +131,24 @@ def test_bad_input_is_refused(tiny, reference):
     scaled.lm_head.register_forward_hook(lambda module, x, logits: logits * 0.5)
     with pytest.raises(TypeError, match="not those of its head alone"):
         lk.reference(scaled, tiny[1], n_windows=2, length=16)
+
+
+def test_windows_in_a_batch_count_as_they_do_alone(tiny, reference):
+    other = noisy(tiny[0], 0.3)
+    alone, together = lk.quality(other, reference), lk.quality(other, reference, batch_size=2)
+    for name, on in alone.items():
+        for kind in ("loss", "kl", "same"):
+            pair = (getattr(each[name], kind).by_window for each in (alone, together))
+            torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
+        assert on.kl.by_window.std() > 0  # so a mix-up of windows would show
+    batched = lk.reference(*tiny, n_windows=3, length=48, batch_size=3)
+    for name, hidden in reference.hidden.items():
+        torch.testing.assert_close(batched.hidden[name], hidden, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_without_windows_is_refused(tiny, reference, batch_size):
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        lk.quality(tiny[0], reference, batch_size)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        lk.reference(*tiny, n_windows=2, length=16, batch_size=batch_size)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+import numpy as np
 import torch
 
 _ENOUGH_FAILURES = 24
@@ -135,8 +136,12 @@ def same(a, b) -> bool:
     """Whether two results agree up to float rounding; NaN agrees with NaN.
 
     Args:
-        a, b: numbers, tensors, or tuples and lists of them. Dtypes may differ, shapes may not.
+        a, b: numbers, tensors, arrays, or tuples and lists of them. Dtypes may differ, shapes may
+            not.
     """
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        close = dict(rtol=1e-4, atol=1e-30, equal_nan=True)
+        return a.shape == b.shape and np.allclose(a, b, **close)
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         if a.shape != b.shape:
             return False
@@ -155,8 +160,8 @@ def call(name: str, *arguments) -> str:
 
 def show(value) -> str:
     """Write a value out briefly: numbers to four digits, a large tensor as its dtype and shape."""
-    if isinstance(value, torch.Tensor):
-        return kind(value) if value.numel() > _SHOWN_VALUES else show(value.tolist())
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return kind(value) if math.prod(value.shape) > _SHOWN_VALUES else show(value.tolist())
     if isinstance(value, list | tuple):
         inside = ", ".join(show(item) for item in value)
         return f"[{inside}]" if isinstance(value, list) else f"({inside})"
@@ -175,6 +180,9 @@ def kind(value) -> str:
     """Name what sort of thing a value is, e.g. `a float32 tensor of shape (2, 3)` or `None`."""
     if value is None:
         return "None"
+    if isinstance(value, np.ndarray):
+        article = "an" if value.dtype.name.startswith("int") else "a"
+        return f"{article} {value.dtype} array of shape {value.shape}"
     if not isinstance(value, torch.Tensor):
         name = type(value).__name__
         return f"an {name}" if name[0] in "aeiou" else f"a {name}"

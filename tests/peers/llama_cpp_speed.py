@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import gguf
+import k_quants
 import numba
 import torch
 
@@ -29,15 +30,24 @@ PROMPT, STEPS, REPEATS = 64, 24, 7
 LONG_PROMPT, LONG_REPEATS = 256, 3
 FIRST_ID, STEP_ID = 1000, 11  # any tokens: the time does not depend on which
 METHODS = {"scaling": True, "clipping": True, "compensation": True, "shrink": 0.1}
-TYPES = {"Q8_0": gguf.GGMLQuantizationType.Q8_0, "Q4_0": gguf.GGMLQuantizationType.Q4_0}
+TYPES = ("Q8_0", "Q4_0", "Q4_K_M")
 
 
-def convert(source: Path, path: Path, kind: gguf.GGMLQuantizationType) -> None:
+def packed(name: str, weight, kind: str, n_layers: int) -> tuple:
+    """Return the bytes of a matrix of a block in a type, or in that of a recipe; and the type."""
+    if kind == "Q4_K_M":
+        return k_quants.q4_k_m(name, weight, n_layers)
+    found = gguf.GGMLQuantizationType[kind]
+    return gguf.quantize(weight, found), found
+
+
+def convert(source: Path, path: Path, kind: str) -> None:
     """Write a GGUF file again with the matrices of its blocks in another type.
 
     The embedding, which is also the head, stays in Q8_0, as in the source.
     """
     reader = gguf.GGUFReader(source)
+    n_layers = reader.fields["llama.block_count"].contents()
     writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
     for field in reader.fields.values():
         if not field.name.startswith("GGUF.") and field.name != "general.architecture":
@@ -46,7 +56,7 @@ def convert(source: Path, path: Path, kind: gguf.GGMLQuantizationType) -> None:
     for tensor in reader.tensors:
         data, found = tensor.data, tensor.tensor_type
         if len(tensor.shape) == 2 and tensor.name != "token_embd.weight":
-            data, found = gguf.quantize(gguf.dequantize(data, found), kind), kind
+            data, found = packed(tensor.name, gguf.dequantize(data, found), kind, n_layers)
         writer.add_tensor(tensor.name, data, raw_dtype=found)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -141,8 +151,8 @@ def measure(llama, source: Path, threads: int, folder: Path) -> dict:
     torch.set_num_threads(threads)
     numba.set_num_threads(threads)
     files = {"Q4_1": source} | {name: folder / f"{name}.gguf" for name in TYPES}
-    for name, kind in TYPES.items():
-        convert(source, files[name], kind)
+    for name in TYPES:
+        convert(source, files[name], name)
     model, tokenizer = lk.load_model("smollm2", device="cpu")
     reference = lk.reference(model, tokenizer, n_windows=8, length=256)
     losses = {f"llama.cpp {name}": loss(from_file(files[name]), reference) for name in files}
