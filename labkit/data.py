@@ -1,7 +1,9 @@
 """Windows of text, and images: no hub, and after one fetch no network."""
 
 import ast
+import contextlib
 import functools
+import gc
 import hashlib
 import importlib.util
 import sysconfig
@@ -89,11 +91,27 @@ def _source_files(package: str) -> list[Path]:
 
 
 def _docstrings_in(path: Path) -> list[str]:
+    with _uncollected():
+        try:
+            tree = ast.parse(path.read_text(encoding="utf8"))
+        except (
+            SyntaxError,
+            ValueError,
+        ):  # the standard library has files that are broken on purpose
+            return []
+        return [doc for node in _documented(tree) if (doc := ast.get_docstring(node))]
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    # A tree is many objects without cycles: the search for cycles takes half of the time.
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        tree = ast.parse(path.read_text(encoding="utf8"))
-    except (SyntaxError, ValueError):  # the standard library ships files that are broken on purpose
-        return []
-    return [doc for node in _documented(tree) if (doc := ast.get_docstring(node))]
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _documented(tree: ast.Module) -> Iterator[ast.AST]:

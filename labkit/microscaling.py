@@ -180,4 +180,5 @@ def round_to_blocks(w: torch.Tensor, number_format: str) -> torch.Tensor:
         scale = round_to_float(largest / 6 / tensor_scale, *E4M3).clamp(min=2**-9) * tensor_scale
     else:
         scale = 2.0 ** shared_exponent(blocks, largest_exponent)
-    return (round_to_float(blocks / scale, *elements) * scale).flatten(-2)
+    scale = scale.float()  # a notebook may have set another default dtype
+    return (round_to_float(blocks / scale, *elements).float() * scale).flatten(-2)

@@ -19,6 +19,8 @@ from labkit.packing import pack_bits as pack_bits
 from labkit.packing import to_fp16
 from labkit.packing import unpack_bits as unpack_bits
 
+Dims = int | tuple[int, ...] | None
+
 
 def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
     """Return the smallest and the largest code: (−127, 127), if symmetric, or (0, 255) at 8 bits.
@@ -31,10 +33,7 @@ def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
 
 
 def choose_qparams(
-    x: torch.Tensor,
-    bits: int = 8,
-    symmetric: bool = False,
-    dim: int | tuple[int, ...] | None = None,
+    x: torch.Tensor, bits: int = 8, symmetric: bool = False, dim: Dims = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose scale and zero point from the smallest and the largest value (min-max).
 
@@ -44,10 +43,9 @@ def choose_qparams(
         x: floating-point tensor of any shape, finite.
         bits: width of a code, 2 to 8.
         symmetric: True puts the zero point at 0 and uses signed codes.
-        dim: the dimension or dimensions that share one scale. None: the whole tensor (per tensor).
-            1 for a weight `(out, in)`: per output channel. −1 for activations `(..., features)`:
-            per token; (−2, −1): per window. For groups, unflatten first:
-            `w.unflatten(1, (-1, group_size))`, then −1.
+        dim: what shares one scale. None: the whole tensor (per tensor). 1 for a weight `(out, in)`:
+            per output channel. −1 for activations `(..., features)`: per token; (−2, −1): per
+            window. For groups, unflatten first: `w.unflatten(1, (-1, group_size))`, then −1.
 
     Returns:
         `scale` and `zero_point`, float32, shaped like `x` with `dim` reduced to 1 (all ones for
@@ -112,10 +110,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tenso
 
 
 def fake_quantize(
-    x: torch.Tensor,
-    bits: int = 8,
-    symmetric: bool = False,
-    dim: int | tuple[int, ...] | None = None,
+    x: torch.Tensor, bits: int = 8, symmetric: bool = False, dim: Dims = None
 ) -> torch.Tensor:
     """Quantize and dequantize at once, float32: the rounding error without the saved bytes.
 

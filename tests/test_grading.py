@@ -18,11 +18,20 @@ from labkit.authoring import exercise_cells, grading, learner, notebooks
 
 CHAPTER = "01_basics"
 STARS = {id: e.stars for id, e in exercises.registry().items() if id.startswith("1.")}
-# nbgrader names a learner after the system's user; on JupyterHub's images, after the hub's.
-AS_ON_A_HUB = (
-    "import nbgrader.utils; nbgrader.utils.get_osusername = lambda: 'jovyan'\n"
-    "from nbgrader.apps.nbgraderapp import main; main()"
-)
+# nbgrader names a learner after the system's user; on JupyterHub's images, after the hub's. It
+# takes seconds to start, so several commands share a process.
+AS_ON_A_HUB = """
+import json, os, sys
+import nbgrader.utils
+nbgrader.utils.get_osusername = lambda: "jovyan"
+from nbgrader.apps.nbgraderapp import NbGraderApp, main
+for folder, user, arguments in json.loads(sys.argv[1]):
+    os.chdir(folder)
+    os.environ["JUPYTERHUB_USER"] = user
+    sys.argv[1:] = arguments
+    main()
+    NbGraderApp.clear_instance()
+"""
 
 # In a process of its own: nbgrader imports setuptools, which refuses to where distutils came first.
 GRADES = """
@@ -34,13 +43,19 @@ with Gradebook(sys.argv[1]) as book:
 """
 
 
-def nbgrader(folder: Path, *arguments: str, user: str = "teacher", fails: bool = False) -> str:
-    environment = {**os.environ, "JUPYTERHUB_USER": user, "HOME": str(folder.parent)}
-    exchange = f"--Exchange.root={folder.parent / 'exchange'}"
+def nbgrader(folder: Path, *arguments: str, fails: bool = False) -> str:
+    """Run a command of the teacher; return what it printed."""
+    return nbgraders([(folder, "teacher", arguments)], fails)
+
+
+def nbgraders(calls: list[tuple[Path, str, tuple[str, ...]]], fails: bool = False) -> str:
+    """Run commands one after the other: each in a folder, by a user."""
+    root = calls[0][0].parent
+    options = [f"--Exchange.root={root / 'exchange'}"]
+    known = [(str(folder), user, [*arguments, *options]) for folder, user, arguments in calls]
     done = subprocess.run(
-        [sys.executable, "-c", AS_ON_A_HUB, *arguments, exchange],
-        cwd=folder,
-        env=environment,
+        [sys.executable, "-c", AS_ON_A_HUB, json.dumps(known)],
+        env={**os.environ, "HOME": str(root)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf8",
@@ -203,30 +218,32 @@ def course(tmp_path_factory):
     course = root / "course"
     assert grading.release_course(course) == 0
     (root / "exchange").mkdir(mode=0o777)
-    nbgrader(course, "generate_assignment", CHAPTER)
-    nbgrader(course, "release_assignment", CHAPTER)
-    for name, work in LEARNERS.items():
-        home = root / name
-        home.mkdir()
-        take_part(home, name, work)
+    steps = ("generate_assignment", "release_assignment")
+    nbgraders([(course, "teacher", (step, CHAPTER)) for step in steps])
+    take_part(root)
     nbgrader(course, "collect", CHAPTER)
     for name, (work, _) in UNSOUND.items():
         hand_in(course, name, work)
-    log = nbgrader(course, "autograde", CHAPTER, "--Execute.timeout=20", fails=True)
+    log = nbgrader(course, "autograde", CHAPTER, "--Execute.timeout=10", fails=True)
     (course / "autograde.log").write_text(log, encoding="utf8")
-    nbgrader(course, "generate_feedback", CHAPTER)
-    nbgrader(course, "release_feedback", CHAPTER)
+    steps = ("generate_feedback", "release_feedback")
+    nbgraders([(course, "teacher", (step, CHAPTER)) for step in steps])
     return course
 
 
-def take_part(home: Path, name: str, work) -> None:
-    course_id = "--course=quantization-workbook"
-    nbgrader(home, "fetch_assignment", CHAPTER, course_id, user=name)
-    path = home / CHAPTER / f"{CHAPTER}.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    work(notebook)
-    nbformat.write(notebook, path)
-    nbgrader(home, "submit", CHAPTER, course_id, user=name)
+def take_part(root: Path) -> None:
+    """Let each learner fetch the chapter, work, and submit it."""
+    for name in LEARNERS:
+        (root / name).mkdir()
+    for_all = [(root / name, name) for name in LEARNERS]
+    which = CHAPTER, "--course=quantization-workbook"
+    nbgraders([(home, name, ("fetch_assignment", *which)) for home, name in for_all])
+    for home, name in for_all:
+        path = home / CHAPTER / f"{CHAPTER}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        LEARNERS[name](notebook)
+        nbformat.write(notebook, path)
+    nbgraders([(home, name, ("submit", *which)) for home, name in for_all])
 
 
 def scores(course: Path, name: str) -> dict[str, float]:

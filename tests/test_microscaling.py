@@ -178,11 +178,22 @@ def test_zeros_come_back_as_zeros_and_their_signs_stay(name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_bytes_are_what_the_bits_per_weight_promise(name):
     w = weights(8, 576)
-    parts = mx._FORMATS[name][0](w)
+    parts = getattr(mx, f"quantize_{name.lower()}")(w)
     bits = 8 * sum(part.nbytes for part in parts)
     if name == "NVFP4":
         bits -= 32
     assert bits == w.numel() * mx.BITS_PER_WEIGHT[name]
+
+
+@pytest.mark.parametrize("largest", [1.0, 1e-42, 1e-30, 1e30, 3e38])
+@pytest.mark.parametrize("name", FORMATS)
+def test_to_round_is_to_pack_and_unpack(name, largest):
+    quantize, dequantize = (getattr(mx, f"{way}quantize_{name.lower()}") for way in ("", "de"))
+    w = weights(16, 96)
+    w = w / w.abs().max() * largest
+    w[3] = 0
+    w[4] *= 1e-6
+    assert bits_equal(mx.round_to_blocks(w, name), dequantize(*quantize(w)))
 
 
 def test_the_largest_of_a_block_saturates_by_the_rule_of_mx():
