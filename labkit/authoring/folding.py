@@ -5,6 +5,7 @@ JupyterLab hides the source (`source_hidden`); the book offers to show it (tag `
 
 import ast
 import dis
+import functools
 import types
 
 from IPython.core.inputtransformer2 import TransformerManager
@@ -30,25 +31,36 @@ def fold(notebook) -> None:
 def only_draws(cell, read_later: set[str]) -> bool:
     """Say whether a cell makes a figure and nothing that the rest of the notebook needs.
 
-    A function whose name starts with draw or plot may be needed: an explorer calls it.
+    A function whose name starts with draw or plot may be needed: an explorer calls it. A cell that
+    holds nothing else only draws, too.
 
     Args:
         cell: a code cell.
         read_later: names that later cells read before they bind them.
     """
+    tree = _tree(cell.source)
     called = {
         getattr(node.func, "attr", None) or getattr(node.func, "id", "")
-        for node in ast.walk(_tree(cell))
+        for node in ast.walk(tree)
         if isinstance(node, ast.Call)
     }
-    if not called & DRAWING or called & TELLING:
+    for_figures = tree.body and all(
+        isinstance(part, ast.FunctionDef) and part.name.startswith(("draw_", "plot_"))
+        for part in tree.body
+    )
+    if not (for_figures or called & DRAWING) or called & TELLING:
         return False
     needed = names(cell)[1] & read_later
     return all(name.startswith(("draw", "plot")) for name in needed)
 
 
-def names(cell) -> tuple[set[str], set[str]]:
+def names(cell) -> tuple[frozenset[str], frozenset[str]]:
     """Return the global names that a cell reads before it binds them, and those that it binds."""
+    return _names(cell.source)
+
+
+@functools.lru_cache(maxsize=4096)  # a release asks for those of each cell several times
+def _names(source: str) -> tuple[frozenset[str], frozenset[str]]:
     read, bound = set(), set()
 
     def walk(code: types.CodeType) -> None:
@@ -60,13 +72,14 @@ def names(cell) -> tuple[set[str], set[str]]:
             elif isinstance(step.argval, types.CodeType):
                 walk(step.argval)
 
-    walk(compile(_tree(cell), "cell", "exec"))
-    return read, bound
+    walk(compile(_tree(source), "cell", "exec"))
+    return frozenset(read), frozenset(bound)
 
 
-def _tree(cell) -> ast.Module:
+@functools.lru_cache(maxsize=4096)
+def _tree(source: str) -> ast.Module:
     try:
-        tree = ast.parse(TransformerManager().transform_cell(cell.source))
+        tree = ast.parse(TransformerManager().transform_cell(source))
         compile(tree, "cell", "exec")  # a parsed one may still not compile: a return outside
         return tree
     except (SyntaxError, ValueError):
