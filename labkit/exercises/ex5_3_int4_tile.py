@@ -140,6 +140,36 @@ def wrapped_below_zero(words, scale, zero_point, x, group_size):
     return (weight * x[:, None]).sum(0).astype(np.float32)
 
 
+def wrapped_in_a_byte(words, scale, zero_point, x, group_size):
+    """Subtracts in uint8."""
+    zeros = np.repeat(zero_point, group_size, 0)
+    weight = (_codes(words).astype(np.uint8) - zeros) * _spread(scale, group_size)
+    return (weight * x[:, None]).sum(0).astype(np.float32)
+
+
+def zero_point_added(words, scale, zero_point, x, group_size):
+    """Adds the zero point to the codes."""
+    return _product(_codes(words), scale, -zero_point.astype(np.float64), x, group_size)
+
+
+def codes_with_a_sign(words, scale, zero_point, x, group_size):
+    """Reads the codes 8 to 15 as -8 to -1."""
+    return _product((_codes(words) ^ 8) - 8, scale, zero_point, x, group_size)
+
+
+def in_pairs_of_the_book(words, scale, zero_point, x, group_size):
+    """Takes the codes in the order of the book's pairs: places 0 and 4, 1 and 5, …."""
+    codes = _codes(words).reshape(-1, 2, 4, words.shape[1]).swapaxes(1, 2).reshape(len(x), -1)
+    return _product(codes, scale, zero_point, x, group_size)
+
+
+def sum_goes_on(words, scale, zero_point, x, group_size):
+    """Does not start the sum of x anew at each group."""
+    parts = (_codes(words) * x[:, None]).reshape(len(scale), group_size, -1).sum(1)
+    sums = np.cumsum(x.reshape(-1, group_size).sum(1))[:, None]
+    return ((parts - zero_point * sums) * scale).sum(0).astype(np.float32)
+
+
 def first_grid_only(words, scale, zero_point, x, group_size):
     """Uses the first group's grid for all."""
     return _product(_codes(words), scale[:1], zero_point[:1], x, len(x))
@@ -178,6 +208,14 @@ _WRONG = (
     (zero_point_unscaled, "the zero point is a code: subtract it before you scale"),
     (zero_point_once, "each code has its zero point subtracted: times the sum of x, not once"),
     (wrapped_below_zero, "unsigned, 3 - 8 wraps to 4294967291: convert before you subtract"),
+    (wrapped_in_a_byte, "in uint8, 3 - 8 wraps to 251: convert before you subtract"),
+    (zero_point_added, "the zero point is subtracted from the code, not added"),
+    (codes_with_a_sign, "codes run from 0 to 15: the sign comes from the zero point"),
+    (
+        in_pairs_of_the_book,
+        "codes go up four bits at a time: no pairs are needed here",
+    ),
+    (sum_goes_on, "the sum of x starts anew at each group"),
     (first_grid_only, "each group has its own scale and zero point"),
     (first_row_for_all, "each row has its own scale and zero point"),
     (groups_of_words, "a group is counted in inputs, and a word holds eight of them"),
@@ -234,7 +272,7 @@ EXERCISE = Exercise(
     minutes=30,
     function_names=("int4_tile",),
     check=_check,
-    takeaway="It multiplies without writing the weights out; now see how fast it reads.",
+    takeaway="It reads the codes as they lie in the file; now see how fast.",
     wrong_answers=_WRONG,
     variants=(tile_by_groups, tile_by_lines, tile_row_by_row),
 )

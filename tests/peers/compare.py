@@ -16,17 +16,20 @@ import transformers
 from safetensors.torch import load_file
 
 import labkit as lk
+from labkit import tuning
 from labkit.ptq import calibrate, quantize_block
 
 LENGTH = 512
 CALIBRATION = 30  # windows, as `export.py` writes for the other libraries
+METHODS = {"scaling": True, "clipping": True, "compensation": True, "shrink": 0.1}
 OURS = {
     "labkit-rtn": {},
     "labkit-awq": {"scaling": True, "clipping": True},
-    "labkit-gptq": {"compensation": True},
-    "labkit-all-three": {"scaling": True, "clipping": True, "compensation": True},
+    "labkit-gptq": {"compensation": True, "shrink": 0.1},
+    "labkit-all-three": METHODS,
+    "labkit-tuned": METHODS,  # and then `tuning.tune`, 1,024 tokens a step
 }
-BEST = "labkit-all-three"
+BEST, BATCH = "labkit-tuned", 2
 
 
 def put_weights(model, path: Path) -> None:
@@ -45,13 +48,18 @@ def put_weights(model, path: Path) -> None:
         own[name].data.copy_(weight)
 
 
-def quantize_ours(model, ids, group_size: int, options: dict) -> tuple:
+def quantize_ours(model, ids, group_size: int, options: dict, tuned: bool) -> tuple:
     """Return a quantized copy of the model, and the record of what was done."""
     quantized, start = copy.deepcopy(model), time.perf_counter()
-    for block, inputs in calibrate(quantized, ids):
+    grids = [
         quantize_block(block, inputs, group_size, **options)
+        for block, inputs in calibrate(quantized, ids)
+    ]
+    if tuned:
+        tuning.tune(quantized, grids, group_size, model, ids, batch_size=BATCH)
     facts = {"library": "labkit", "bits": 4, "group_size": group_size, "symmetric": False}
     facts |= {"calibration windows": len(ids) if options else 0, "settings": options}
+    facts |= {"tuned": tuned, "threads": torch.get_num_threads()}
     facts |= {"bits a weight": 4 + 24 / group_size}
     return quantized, facts | {"seconds": round(time.perf_counter() - start, 1)}
 
@@ -73,7 +81,8 @@ def score_everything(out: Path, n_windows: int, group_size: int) -> tuple:
     scores, facts = {}, {}
     calibration = lk.windows(tokenizer, "calibration", CALIBRATION, LENGTH)
     for name, options in OURS.items():
-        quantized, facts[name] = quantize_ours(model, calibration, group_size, options)
+        tuned = name == "labkit-tuned"
+        quantized, facts[name] = quantize_ours(model, calibration, group_size, options, tuned)
         scores[name] = lk.quality(quantized, reference)
         print(name, scores[name], sep="\n", flush=True)
     for path in sorted(out.glob("*.safetensors")):
