@@ -192,16 +192,20 @@ def tasks() -> list[dict]:
     blocks = [(w, f"4 bits, blocks of {size}") for w in (w4, None) for size in (64, 16)]
     alone = [(None, "4 bits a token"), (None, "NVFP4"), *blocks]
     found += [{"weights": w, "activations": a, **turn} for w, a in alone for turn in turns[:2]]
-    found += [{"weights": nv, "activations": None, **turns[1]}]
-    # Each method with the arm beside it: SmoothQuant at the exponent of one scale a tensor, and
+    return [*found, {"weights": nv, "activations": None, **turns[1]}, *_arms_beside(w4)]
+
+
+def _arms_beside(w4: tuple) -> list[dict]:
+    # The arm beside each method: SmoothQuant at the exponent that suits one scale a tensor, and
     # GPTQ without a turn, in finer blocks as well.
-    smooth = {"turn": "SmoothQuant", "alpha": 0.8}
-    found += [{**four, **smooth}, {**four, "gptq": True}]
-    found += [{"weights": w, "activations": a, **smooth} for w, a in widths[2:]]
-    return found + [
-        {"weights": w4, "activations": f"4 bits, blocks of {size}", **how}
-        for size in (16, 64)
-        for how in ({"gptq": True}, fitted)
+    four, gptq = {"weights": w4, "activations": "4 bits a token"}, {"gptq": True}
+    smooth, turned = {"turn": "SmoothQuant", "alpha": 0.8}, {"turn": "Hadamard"}
+    finer = [{"weights": w4, "activations": f"4 bits, blocks of {size}"} for size in (16, 64)]
+    return [
+        {**four, **smooth},
+        {**four, **gptq},
+        {"weights": "8 bits", "activations": "8 bits a tensor", **smooth},
+        *({**task, **how, **gptq} for task in finer for how in ({}, turned)),
     ]
 
 
