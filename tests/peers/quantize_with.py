@@ -83,8 +83,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64, help="0: one scale a channel")
     parser.add_argument("--symmetric", action=argparse.BooleanOptionalAction, default=False)
-    parser.add_argument("--iters", type=int, default=50, help="steps a block (AutoRound)")
-    parser.add_argument("--windows", type=int, default=32, help="calibration windows")
+    parser.add_argument("--iters", type=int, default=200, help="steps a block (AutoRound)")
+    parser.add_argument("--windows", type=int, default=30, help="calibration windows")
     return parser.parse_args()
 
 
