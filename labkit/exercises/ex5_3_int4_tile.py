@@ -67,7 +67,7 @@ def _compile(function) -> None:
     plain = getattr(function, "py_func", function)
     try:
         got = numba.njit(plain)(words, scale, zero_point, x, group_size)
-    except numba.core.errors.NumbaError as error:
+    except (numba.core.errors.NumbaError, TypeError) as error:  # the second for *arguments
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         said = next((line for line in lines[1:] if not line.startswith("File")), lines[0])[:120]
         raise Wrong(
