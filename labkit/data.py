@@ -94,10 +94,7 @@ def _docstrings_in(path: Path) -> list[str]:
     with _uncollected():
         try:
             tree = ast.parse(path.read_text(encoding="utf8"))
-        except (
-            SyntaxError,
-            ValueError,
-        ):  # the standard library has files that are broken on purpose
+        except (SyntaxError, ValueError):  # the standard library has broken files, on purpose
             return []
         return [doc for node in _documented(tree) if (doc := ast.get_docstring(node))]
 

@@ -174,7 +174,7 @@ def round_to_blocks(w: torch.Tensor, number_format: str) -> torch.Tensor:
         raise ValueError(f"number_format must be one of {[*_FORMATS]}, not {number_format!r}")
     size, elements, largest_exponent = _FORMATS[number_format]
     blocks = to_blocks(w, size)
-    if number_format == "NVFP4":
+    if number_format == "NVFP4":  # the scales of `quantize_nvfp4`
         largest = blocks.abs().amax(-1, keepdim=True)
         tensor_scale = (largest.max() / (6 * 448)).clamp(min=torch.finfo(torch.float32).tiny)
         scale = round_to_float(largest / 6 / tensor_scale, *E4M3).clamp(min=2**-9) * tensor_scale
