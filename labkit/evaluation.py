@@ -11,6 +11,7 @@ from labkit.measure import Perplexity, check_ids, evaluating, summarize, t_margi
 from labkit.texts import EVALUATION
 
 _CHUNK = 128  # tokens whose logits of two models are in memory at once
+_KEPT = 2**28  # bytes of the reference's own answers that are worth their memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,12 +83,15 @@ class Reference:
         perplexity: the model's own, by text.
         hidden: what its head reads, float32 `(n_windows, length, hidden)`, by text.
         head: its head's weight, `(vocabulary, hidden)`, a copy.
+        log_p: the log-probabilities of its answers, float32 `(n_windows, length − 1, vocabulary)`,
+            by text; empty where they take more than 256 MB, and are computed anew each time.
     """
 
     ids: dict[str, torch.Tensor]
     perplexity: dict[str, Perplexity]
     hidden: dict[str, torch.Tensor] = field(repr=False)
     head: torch.Tensor = field(repr=False)
+    log_p: dict[str, torch.Tensor] = field(repr=False)
 
 
 @torch.inference_mode()
@@ -124,7 +128,14 @@ def reference(
         raise TypeError(f"{type(model).__name__}: its logits are not those of its head alone")
     head = model.lm_head.weight.detach().clone()
     scores = {name: _score(hidden[name], rows, head) for name, rows in ids.items()}
-    return Reference(ids, scores, hidden, head)
+    log_p = {}
+    if 4 * len(head) * sum(rows.numel() for rows in ids.values()) <= _KEPT:
+        log_p = {name: _log_p(states[:, :-1], head) for name, states in hidden.items()}
+    return Reference(ids, scores, hidden, head, log_p)
+
+
+def _log_p(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(hidden, head).log_softmax(-1)
 
 
 def _hidden(model: nn.Module, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
@@ -162,26 +173,26 @@ def quality(model: nn.Module, reference: Reference, batch_size: int = 1) -> Qual
 def _on_text(model: nn.Module, reference: Reference, name: str, batch_size: int) -> TextQuality:
     ids = reference.ids[name]
     check_ids(model, ids, batch_size)
-    found = []
-    pairs = zip(ids.split(batch_size), reference.hidden[name].split(batch_size), strict=True)
-    for rows, hidden in pairs:
+    known, found = reference.log_p.get(name), []
+    expected = reference.hidden[name][:, :-1] if known is None else known
+    for rows, answers in zip(ids.split(batch_size), expected.split(batch_size), strict=True):
         output = model(rows)
-        logits = getattr(output, "logits", output)
-        tokens = (logits[:, :-1].flatten(0, 1), hidden[:, :-1].flatten(0, 1))
-        parts = (x.split(_CHUNK) for x in (*tokens, rows[:, 1:].flatten()))
-        found += [_compare(*part, reference.head) for part in zip(*parts, strict=True)]
+        logits = getattr(output, "logits", output)[:, :-1]
+        tokens = (x.flatten(0, 1).split(_CHUNK) for x in (logits, answers, rows[:, 1:]))
+        for own, other, targets in zip(*tokens, strict=True):
+            log_p = _log_p(other, reference.head) if known is None else other
+            found.append(_compare(own, log_p, targets))
     nats, kl, same = torch.cat(found, dim=1).unflatten(1, (len(ids), -1)).mean(-1)
     return TextQuality(
         Estimate(nats - reference.perplexity[name].window_nats), Estimate(kl), Estimate(same)
     )
 
 
-def _compare(logits, hidden, targets, head) -> torch.Tensor:
+def _compare(logits: torch.Tensor, log_p: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     # By token, float64: its nats, the divergence, and 1 where both hold the same token most likely.
     log_q = logits.float().log_softmax(-1)
-    log_p = nn.functional.linear(hidden, head).log_softmax(-1)
     nats = nn.functional.nll_loss(log_q, targets, reduction="none")
-    same = log_q.argmax(-1) == log_p.argmax(-1)
+    same = log_q.max(-1).indices == log_p.max(-1).indices  # faster than argmax
     kl = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
     return torch.stack([nats.double(), kl.double(), same.double()])
 

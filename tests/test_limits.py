@@ -1,5 +1,8 @@
 """Memory and cores: what the cgroups of a container leave of them, in folders made up here."""
 
+import platform
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -184,3 +187,28 @@ def test_hardware_counts_what_this_process_may_use(monkeypatch):
     monkeypatch.setattr(limits, "memory", lambda: limits.Memory(1, 2, 3))
     facts = machine.hardware()
     assert (facts["physical cores"], facts["logical cores"], facts["memory bytes"]) == (1, 1, 2)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc hands memory back at once")
+def test_freed_memory_is_used_again():
+    # Pages that the system had to supply while results of 4 MB came and went.
+    code = """
+import resource, sys
+import torch
+from labkit import limits
+if sys.argv[1] == "keep":
+    limits.keep_freed_memory()
+def pages():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+x = torch.zeros(2**20)
+def work():
+    [((x + 1) * 2 - 3).sum() for _ in range(50)]
+work()
+before = pages()
+work()
+print(pages() - before)
+"""
+    default, kept = (
+        int(subprocess.check_output([sys.executable, "-c", code, how])) for how in ("no", "keep")
+    )
+    assert kept < 1000 < 20_000 < default
