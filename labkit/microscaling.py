@@ -75,7 +75,7 @@ def shared_exponent(blocks: torch.Tensor, largest_exponent: int) -> torch.Tensor
     Source: OCP MX 1.0, section 6.3.
     """
     largest = blocks.abs().amax(-1, keepdim=True)
-    _, exponent = torch.frexp(largest)
+    _, exponent = torch.frexp(largest)  # largest = m · 2^exponent with m from 0.5 up to 1
     return (exponent - 1 - largest_exponent).where(largest > 0, -127).clamp(-127, 127)
 
 

@@ -189,7 +189,7 @@ def test_hardware_counts_what_this_process_may_use(monkeypatch):
     assert (facts["physical cores"], facts["logical cores"], facts["memory bytes"]) == (1, 1, 2)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc hands memory back at once")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back")
 def test_freed_memory_is_used_again():
     # Pages that the system had to supply while results of 4 MB came and went.
     code = """
@@ -211,4 +211,4 @@ print(pages() - before)
     default, kept = (
         int(subprocess.check_output([sys.executable, "-c", code, how])) for how in ("no", "keep")
     )
-    assert kept < 1000 < 20_000 < default
+    assert 5 * kept < default
