@@ -81,17 +81,16 @@ class Reference:
     Attributes:
         ids: int64 `(n_windows, length)` by the name of the text.
         perplexity: the model's own, by text.
-        hidden: what its head reads, float32 `(n_windows, length, hidden)`, by text.
-        head: its head's weight, `(vocabulary, hidden)`, a copy.
-        log_p: the log-probabilities of its answers, float32 `(n_windows, length − 1, vocabulary)`,
-            by text; empty where they take more than 256 MB, and are computed anew each time.
+        answers: by text, the log-probabilities of its next tokens, float32
+            `(n_windows, length − 1, vocabulary)`. Where these would take more than 256 MB: what its
+            head reads, `(n_windows, length − 1, hidden)`, from which they are computed each time.
+        head: in this second case its head's weight, `(vocabulary, hidden)`, a copy; else None.
     """
 
     ids: dict[str, torch.Tensor]
     perplexity: dict[str, Perplexity]
-    hidden: dict[str, torch.Tensor] = field(repr=False)
-    head: torch.Tensor = field(repr=False)
-    log_p: dict[str, torch.Tensor] = field(repr=False)
+    answers: dict[str, torch.Tensor] = field(repr=False)
+    head: torch.Tensor | None = field(repr=False)
 
 
 @torch.inference_mode()
@@ -126,12 +125,12 @@ def reference(
     logits = nn.functional.linear(hidden[some][:1], model.lm_head.weight)
     if not torch.allclose(expected, logits, rtol=1e-3, atol=1e-3):
         raise TypeError(f"{type(model).__name__}: its logits are not those of its head alone")
-    head = model.lm_head.weight.detach().clone()
+    head = model.lm_head.weight.detach()
     scores = {name: _score(hidden[name], rows, head) for name, rows in ids.items()}
-    log_p = {}
-    if 4 * len(head) * sum(rows.numel() for rows in ids.values()) <= _KEPT:
-        log_p = {name: _log_p(states[:, :-1], head) for name, states in hidden.items()}
-    return Reference(ids, scores, hidden, head, log_p)
+    answers = {name: states[:, :-1] for name, states in hidden.items()}
+    if 4 * len(head) * sum(rows.numel() for rows in ids.values()) > _KEPT:
+        return Reference(ids, scores, answers, head.clone())
+    return Reference(ids, scores, {name: _log_p(x, head) for name, x in answers.items()}, None)
 
 
 def _log_p(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
@@ -173,14 +172,14 @@ def quality(model: nn.Module, reference: Reference, batch_size: int = 1) -> Qual
 def _on_text(model: nn.Module, reference: Reference, name: str, batch_size: int) -> TextQuality:
     ids = reference.ids[name]
     check_ids(model, ids, batch_size)
-    known, found = reference.log_p.get(name), []
-    expected = reference.hidden[name][:, :-1] if known is None else known
+    expected, found = reference.answers[name], []
     for rows, answers in zip(ids.split(batch_size), expected.split(batch_size), strict=True):
         output = model(rows)
         logits = getattr(output, "logits", output)[:, :-1]
         tokens = (x.flatten(0, 1).split(_CHUNK) for x in (logits, answers, rows[:, 1:]))
-        for own, other, targets in zip(*tokens, strict=True):
-            log_p = _log_p(other, reference.head) if known is None else other
+        for own, log_p, targets in zip(*tokens, strict=True):
+            if reference.head is not None:
+                log_p = _log_p(log_p, reference.head)
             found.append(_compare(own, log_p, targets))
     nats, kl, same = torch.cat(found, dim=1).unflatten(1, (len(ids), -1)).mean(-1)
     return TextQuality(

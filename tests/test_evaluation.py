@@ -142,8 +142,8 @@ def test_windows_in_a_batch_count_as_they_do_alone(tiny, reference):
             torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
         assert on.kl.by_window.std() > 0  # so a mix-up of windows would show
     batched = lk.reference(*tiny, n_windows=3, length=48, batch_size=3)
-    for name, hidden in reference.hidden.items():
-        torch.testing.assert_close(batched.hidden[name], hidden, rtol=1e-4, atol=1e-4)
+    for name, answers in reference.answers.items():
+        torch.testing.assert_close(batched.answers[name], answers, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
@@ -152,3 +152,18 @@ def test_a_batch_without_windows_is_refused(tiny, reference, batch_size):
         lk.quality(tiny[0], reference, batch_size)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         lk.reference(*tiny, n_windows=2, length=16, batch_size=batch_size)
+
+
+def test_answers_too_large_to_keep_are_computed_anew(monkeypatch):
+    model, tokenizer = lk.load_model("tiny", device="cpu")
+    other = copy.deepcopy(model)
+    other.lm_head.weight.data = other.lm_head.weight + 0.01
+    kept = lk.reference(model, tokenizer, 3, 20)
+    monkeypatch.setattr(q, "_KEPT", 0)
+    anew = lk.reference(model, tokenizer, 3, 20)
+    assert kept.head is None
+    assert anew.answers["news"].shape == (3, 19, model.config.hidden_size)
+    model.lm_head.weight.data.zero_()  # what is kept is a copy
+    expected = lk.quality(other, kept)
+    assert str(lk.quality(other, anew)) == str(expected)
+    assert expected["news"].kl.value > 1e-3

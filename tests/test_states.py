@@ -348,7 +348,7 @@ def test_a_reference_is_made_without_dropout(model, tiny):
             module.attention_dropout = 0.5
     found = lk.reference(model, tiny[1], 2, 32)
     assert model.training
-    assert all(torch.equal(found.hidden[name], expected.hidden[name]) for name in expected.ids)
+    assert all(torch.equal(found.answers[name], expected.answers[name]) for name in expected.ids)
 
 
 def test_a_decoder_reads_prompts_without_dropout():
