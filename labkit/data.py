@@ -90,6 +90,7 @@ def _source_files(package: str) -> list[Path]:
     return [root / path for path in sorted(files) if not _SKIPPED_FOLDERS & set(path.parts)]
 
 
+@functools.cache  # parsing takes nearly all of the time, and each text asks for the same files
 def _docstrings_in(path: Path) -> list[str]:
     with _uncollected():
         try:

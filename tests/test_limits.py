@@ -211,4 +211,4 @@ print(pages() - before)
     default, kept = (
         int(subprocess.check_output([sys.executable, "-c", code, how])) for how in ("no", "keep")
     )
-    assert 5 * kept < default
+    assert 3 * kept < default
