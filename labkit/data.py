@@ -123,30 +123,41 @@ def _documented(tree: ast.Module) -> Iterator[ast.AST]:
             todo.extend(getattr(node, part, ()))
 
 
-def windows(tokenizer, name: str, n_windows: int, length: int) -> torch.Tensor:
-    """Cut the first tokens of a text into windows that do not overlap.
+def windows(tokenizer, name: str, n_windows: int, length: int, spread=False) -> torch.Tensor:
+    """Cut a text into windows that do not overlap, from its first tokens on.
 
     Args:
         tokenizer: a tokenizer as `transformers` makes them.
         name: of a text, see `text`; or `"calibration"`: a window of each kind of text in
             `labkit.texts.CALIBRATION`, then another of each, and so on.
         n_windows, length: how many windows, of how many tokens each.
+        spread: take windows at equal distances over the whole text, each from the start of a
+            paragraph; not with `"train"` and `"calibration"`.
 
     Returns:
         int64 tensor `(n_windows, length)`.
 
     Raises:
-        ValueError: if a count is below 1, there is no such text, or it is too short.
+        ValueError: if a count is below 1, there is no such text, it is too short, or `spread` does
+            not go with it.
         Unavailable: if a text must be fetched and cannot be, see `labkit.texts.text`.
     """
+    if spread and name in ("train", "calibration"):
+        raise ValueError(f"spread does not go with {name!r}: name one whole text")
+    _check_counts(n_windows, length)
     if name == "calibration":
-        _check_counts(n_windows, length)
         kinds = texts.CALIBRATION
         of_each = [windows(tokenizer, kind, -(-n_windows // len(kinds)), length) for kind in kinds]
         return torch.stack(of_each, dim=1).flatten(0, 1)[:n_windows]
     # To read all docstrings takes seconds: as many as needed, see `_cut`.
     some = _start_of_train(12 * n_windows * length) if name == "train" else text(name)
-    return _cut(tokenizer, some, n_windows, length, repr(name))
+    if not spread:
+        return _cut(tokenizer, some, n_windows, length, repr(name))
+    if len(some) < (room := 12 * n_windows * length):
+        raise ValueError(f"to spread these windows takes {room} characters, not {len(some)}")
+    places = (len(some) * (2 * i + 1) // (2 * n_windows) for i in range(n_windows))
+    parts = (some[some.find("\n\n", place) + 2 :] for place in places)
+    return torch.cat([_cut(tokenizer, part, 1, length, repr(name)) for part in parts])
 
 
 def _start_of_train(n_characters: int) -> str:

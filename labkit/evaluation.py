@@ -81,10 +81,9 @@ class Reference:
     Attributes:
         ids: int64 `(n_windows, length)` by the name of the text.
         perplexity: the model's own, by text.
-        answers: by text, the log-probabilities of its next tokens, float32
-            `(n_windows, length − 1, vocabulary)`. Where these would take more than 256 MB: what its
-            head reads, `(n_windows, length − 1, hidden)`, from which they are computed each time.
-        head: in this second case its head's weight, `(vocabulary, hidden)`, a copy; else None.
+        answers: by text, log-probabilities, float32 `(n_windows, length − 1, vocabulary)`. Where
+            these would take more than 256 MB: what its head reads, `(…, hidden)`.
+        head: in this second case a copy of its head's weight, `(vocabulary, hidden)`; else None.
     """
 
     ids: dict[str, torch.Tensor]
@@ -101,6 +100,7 @@ def reference(
     length: int = 256,
     texts: Iterable[str] = EVALUATION,
     batch_size: int = 1,
+    spread: bool = False,
 ) -> Reference:
     """Run a model on the evaluation texts, to compare others with it by `quality`.
 
@@ -110,6 +110,7 @@ def reference(
         n_windows, length: how many windows of each text, of how many tokens.
         texts: their names, see `labkit.texts.text`.
         batch_size: windows a call, see `quality`.
+        spread: windows from all over each text, see `windows`.
 
     Raises:
         TypeError: if the model's logits come from elsewhere.
@@ -117,7 +118,7 @@ def reference(
     """
     if n_windows < 2:
         raise ValueError(f"n_windows must be at least 2, for an interval, not {n_windows}")
-    ids = {name: windows(tokenizer, name, n_windows, length) for name in texts}
+    ids = {name: windows(tokenizer, name, n_windows, length, spread) for name in texts}
     some = next(iter(ids))
     with evaluating(model):
         hidden = {name: _hidden(model, rows, batch_size) for name, rows in ids.items()}

@@ -46,11 +46,11 @@ def memory(root: Path = Path("/")) -> Memory:
 def keep_freed_memory(nbytes: int = 2**28) -> None:
     """Let the C library keep freed memory at hand for the next results, where it is glibc.
 
-    By default it hands the memory of each large result back at once, and to fetch fresh pages for
-    the next one takes up to half the time of an operation that works value by value.
+    By default it hands large results back at once, and to fetch fresh pages takes up to half the
+    time of an operation that works value by value. `machine.release_memory` hands all back.
 
     Args:
-        nbytes: how much it may keep; `machine.release_memory` hands that back too.
+        nbytes: how much it may keep.
     """
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)

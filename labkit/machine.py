@@ -48,8 +48,7 @@ def resident_memory() -> int:
 def release_memory() -> None:
     """Collect garbage, and hand freed memory back to the system where the C library keeps it.
 
-    glibc keeps the many small blocks of a model that is gone, and the next model, with blocks of
-    other sizes, comes on top. Elsewhere this only collects garbage.
+    glibc keeps the many small blocks of a model that is gone, and the next model comes on top.
     """
     gc.collect()
     if platform.libc_ver()[0] == "glibc":

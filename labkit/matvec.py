@@ -260,13 +260,21 @@ def dequantize_rows(codes, bits, scale, zero_point, group_size, inputs):
         for group in range(scale.shape[1]):
             zero, step = np.float32(zero_point[row, group]), scale[row, group]
             first, last = group * group_size, min((group + 1) * group_size, inputs)
-            some_codes, some_weights = codes[row, first:last], weight[row, first:last]
-            for i in range(some_weights.size):
-                if bits == 8:
-                    code = some_codes[i]
-                else:
-                    code = (codes[row, (first + i) >> 1] >> (4 * ((first + i) & 1))) & 15
-                some_weights[i] = (np.float32(np.uint8(code)) - zero) * step
+            if bits == 8:
+                some_codes, some_weights = codes[row, first:last], weight[row, first:last]
+                for i in range(some_weights.size):
+                    some_weights[i] = (np.float32(some_codes[i]) - zero) * step
+                continue
+            even, end = first + first % 2, last - last % 2  # from here to there, whole bytes
+            some_codes, some_weights = codes[row, even >> 1 : end >> 1], weight[row, even:end]
+            for i in range(some_codes.size):
+                byte = np.int32(some_codes[i])
+                some_weights[2 * i] = (np.float32(byte & 15) - zero) * step
+                some_weights[2 * i + 1] = (np.float32(byte >> 4) - zero) * step
+            if even > first:
+                weight[row, first] = (np.float32(codes[row, first >> 1] >> 4) - zero) * step
+            if last > end:
+                weight[row, end] = (np.float32(codes[row, end >> 1] & 15) - zero) * step
     return weight
 
 

@@ -47,6 +47,23 @@ def test_windows_of_docstrings_are_those_of_the_whole_text(train_text, n_windows
     assert rows.flatten().tolist() == ids[: n_windows * length]
 
 
+def test_spread_windows_come_from_all_over_the_text():
+    _, tokenizer = lk.load_model("tiny")
+    rows, text = lk.windows(tokenizer, "news", 6, 48, spread=True), lk.text("news")
+    assert rows.shape == (6, 48)
+    at = [text.index("\n\n" + tokenizer.decode(row)) / len(text) for row in rows]
+    assert at == pytest.approx([(2 * i + 1) / 12 for i in range(6)], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "said"), [("train", 2, "spread does not go"), ("news", 10**6, "characters, not")]
+)
+def test_windows_that_cannot_be_spread_are_refused(name, n, said):
+    _, tokenizer = lk.load_model("tiny")
+    with pytest.raises(ValueError, match=said):
+        lk.windows(tokenizer, name, n, 48, spread=True)
+
+
 def test_calibration_windows_take_every_kind_in_turn():
     _, tokenizer = lk.load_model("tiny")
     rows = lk.windows(tokenizer, "calibration", 7, 64)

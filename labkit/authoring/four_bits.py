@@ -106,7 +106,8 @@ def build(model, seen: list, ids: torch.Tensor, task: dict) -> nn.Module:
         seen: what enters each of its blocks, from `ptq.calibrate`.
         ids: calibration windows.
         task: `weights`, `activations`; perhaps `turn`, `seed`, `alpha`, `gptq`, and `outside`: the
-            residual stream alone is turned.
+            residual stream alone is turned. The turn `"where rounded"` folds nothing: each layer
+            turns its input, rounds it, and turns it back.
     """
     made = copy.deepcopy(model)
     turn = task.get("turn")
@@ -138,13 +139,17 @@ def smooth(model, seen: list, alpha: float) -> None:
 
 def _round(layer: nn.Linear, task: dict, hessian: torch.Tensor | None) -> None:
     weights, inputs = task["weights"], task["activations"]
+    turn = back = lambda x: x
+    if task.get("turn") == "where rounded":
+        square = rotations.hadamard_transform(torch.eye(layer.in_features))
+        turn, back = (lambda x: x @ square), (lambda x: x @ square.T)
     with torch.no_grad():
         if weights == "8 bits":
             layer.weight.copy_(quant.fake_quantize(layer.weight, 8, symmetric=True, dim=1))
         elif weights:
-            layer.weight.copy_(round_weight(layer.weight, *weights, hessian))
+            layer.weight.copy_(back(round_weight(turn(layer.weight), *weights, hessian)))
     if inputs:
-        layer.register_forward_pre_hook(lambda _, x: (round_inputs(x[0], inputs),))
+        layer.register_forward_pre_hook(lambda _, x: (back(round_inputs(turn(x[0]), inputs)),))
 
 
 def round_inputs(x: torch.Tensor, how: str) -> torch.Tensor:
@@ -206,7 +211,19 @@ def _arms_beside(w4: tuple) -> list[dict]:
         {**four, **gptq},
         {"weights": "8 bits", "activations": "8 bits a tensor", **smooth},
         *({**task, **how, **gptq} for task in finer for how in ({}, turned)),
+        *_arms_without_folding(w4),
     ]
+
+
+def _arms_without_folding(w4: tuple) -> list[dict]:
+    # A rotation folds the gains of the norms, and turns. Each of the two alone:
+    inputs = ("4 bits, blocks of 16", "NVFP4", "4 bits, blocks of 64", "4 bits a token")
+    cases = [(None, each) for each in inputs]
+    cases += [(w4, None), (w4, "4 bits, blocks of 16"), (w4, "4 bits a token")]
+    where = {"turn": "where rounded"}
+    found = [{"weights": w, "activations": x, **where} for w, x in cases]
+    folded = {"turn": "norms folded"}
+    return found + [{"weights": None, "activations": x, **folded} for x in inputs[:3]]
 
 
 def run(record: Path = RECORD, chosen: Sequence[dict] | None = None) -> None:

@@ -53,8 +53,9 @@ def _examine(weight, levels, block_size, got) -> str | None:
             return f"for {of} in blocks of {block_size}, {name} is {complaint}"
     blocks = weight.double().numpy().reshape(rows, -1, block_size)
     true_scale, scale = np.abs(blocks).max(2), got[1].double().numpy()
-    if not np.allclose(scale, true_scale, rtol=1e-4, atol=1e-30):
-        at = tuple(np.argwhere(~np.isclose(scale, true_scale, rtol=1e-4))[0])
+    same = np.isclose(scale, true_scale, rtol=1e-4, atol=1e-30)
+    if not same.all():
+        at = tuple(np.argwhere(~same)[0])
         numbers = f"{show(float(scale[at]))}, expected {show(float(true_scale[at]))}"
         return f"for {of} in blocks of {block_size}, the scale of block {at[1]} is {numbers}"
     packed = got[0].numpy()
