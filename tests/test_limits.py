@@ -1,8 +1,7 @@
 """Memory and cores: what the cgroups of a container leave of them, in folders made up here."""
 
+import ctypes
 import platform
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -189,26 +188,21 @@ def test_hardware_counts_what_this_process_may_use(monkeypatch):
     assert (facts["physical cores"], facts["logical cores"], facts["memory bytes"]) == (1, 1, 2)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back")
-def test_freed_memory_is_used_again():
-    # Pages that the system had to supply while results of 4 MB came and went.
-    code = """
-import resource, sys
-import torch
-from labkit import limits
-if sys.argv[1] == "keep":
+def test_freed_memory_is_kept_where_the_c_library_is_glibc(monkeypatch):
+    calls = []
+    library = types.SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr("ctypes.CDLL", lambda name: library)
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
     limits.keep_freed_memory()
-def pages():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-x = torch.zeros(2**20)
-def work():
-    [((x + 1) * 2 - 3).sum() for _ in range(50)]
-work()
-before = pages()
-work()
-print(pages() - before)
-"""
-    default, kept = (
-        int(subprocess.check_output([sys.executable, "-c", code, how])) for how in ("no", "keep")
-    )
-    assert 3 * kept < default
+    assert calls == []
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    limits.keep_freed_memory(1000)
+    assert calls == [(-1, 1000), (-3, 2**25)]  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_glibc_takes_what_it_is_told():
+    library = ctypes.CDLL(None)
+    assert library.mallopt(-1, 2**28) == 1
+    assert library.mallopt(-3, 2**25) == 1
+    assert library.mallopt(-3, 2**26) == 0  # more than it allows
