@@ -634,3 +634,14 @@ def test_folded_solution_passes(exercise: Exercise):
     namespace = run(solution_of(folded), namespace)
     after = verdict(exercise.id, *(namespace[name] for name in exercise.function_names))
     assert after == exercises.Verdict("correct", exercise.takeaway)
+
+
+@pytest.mark.parametrize("least", [1e-8, 1e-12])
+def test_a_scale_kept_above_zero_is_told_what_a_block_of_zeros_asks_for(least):
+    def nf4(weight, levels, block_size):
+        blocks = weight.unflatten(1, (-1, block_size))
+        scale = blocks.abs().amax(-1).clamp(min=least)
+        codes = (blocks / scale[..., None])[..., None].sub(levels).abs().argmin(-1)
+        return labkit.quant.pack_bits(codes.to(torch.uint8).flatten(1), 4), scale
+
+    assert f"scale of block 0 is {least:g}, expected 0" in verdict("2.5", nf4).message
