@@ -91,13 +91,13 @@ def _source_files(package: str) -> list[Path]:
 
 
 @functools.cache  # parsing takes nearly all of the time, and each text asks for the same files
-def _docstrings_in(path: Path) -> list[str]:
+def _docstrings_in(path: Path) -> tuple[str, ...]:
     with _uncollected():
         try:
             tree = ast.parse(path.read_text(encoding="utf8"))
         except (SyntaxError, ValueError):  # the standard library has broken files, on purpose
-            return []
-        return [doc for node in _documented(tree) if (doc := ast.get_docstring(node))]
+            return ()
+        return tuple(doc for node in _documented(tree) if (doc := ast.get_docstring(node)))
 
 
 @contextlib.contextmanager
@@ -153,11 +153,11 @@ def windows(tokenizer, name: str, n_windows: int, length: int, spread=False) -> 
     some = _start_of_train(12 * n_windows * length) if name == "train" else text(name)
     if not spread:
         return _cut(tokenizer, some, n_windows, length, repr(name))
-    if len(some) < (room := 12 * n_windows * length):
-        raise ValueError(f"to spread these windows takes {room} characters, not {len(some)}")
-    places = (len(some) * (2 * i + 1) // (2 * n_windows) for i in range(n_windows))
-    parts = (some[some.find("\n\n", place) + 2 :] for place in places)
-    return torch.cat([_cut(tokenizer, part, 1, length, repr(name)) for part in parts])
+    halves = [len(some) * i // (2 * n_windows) for i in range(2 * n_windows + 1)]
+    second = (some[a:b] for a, b in zip(halves[1::2], halves[2::2], strict=True))
+    parts = [half.partition("\n\n")[2] for half in second]  # from the first whole paragraph on
+    title = f"{name!r}, cut into {2 * n_windows} parts,"
+    return torch.cat([_cut(tokenizer, part, 1, length, title) for part in parts])
 
 
 def _start_of_train(n_characters: int) -> str:

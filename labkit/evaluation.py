@@ -127,15 +127,28 @@ def reference(
     if not torch.allclose(expected, logits, rtol=1e-3, atol=1e-3):
         raise TypeError(f"{type(model).__name__}: its logits are not those of its head alone")
     head = model.lm_head.weight.detach()
-    scores = {name: _score(hidden[name], rows, head) for name, rows in ids.items()}
-    answers = {name: states[:, :-1] for name, states in hidden.items()}
-    if 4 * len(head) * sum(rows.numel() for rows in ids.values()) > _KEPT:
-        return Reference(ids, scores, answers, head.clone())
-    return Reference(ids, scores, {name: _log_p(x, head) for name, x in answers.items()}, None)
+    keep = 4 * len(head) * sum(rows.numel() for rows in ids.values()) <= _KEPT
+    found = {
+        name: _answers(states[:, :-1], ids[name], head, keep) for name, states in hidden.items()
+    }
+    scores, answers = ({name: pair[i] for name, pair in found.items()} for i in range(2))
+    return Reference(ids, scores, answers, None if keep else head.clone())
 
 
 def _log_p(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     return nn.functional.linear(hidden, head).log_softmax(-1)
+
+
+def _answers(
+    hidden: torch.Tensor, ids: torch.Tensor, head: torch.Tensor, keep: bool
+) -> tuple[Perplexity, torch.Tensor]:
+    # The model's own perplexity, and its log-probabilities, or what they come from.
+    nats, kept = [], []
+    for states, window in zip(hidden, ids, strict=True):
+        log_p = _log_p(states, head)
+        nats.append(nn.functional.nll_loss(log_p, window[1:], reduction="none").double())
+        kept.append(log_p if keep else states)
+    return summarize(torch.stack(nats)), torch.stack(kept)
 
 
 def _hidden(model: nn.Module, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
@@ -143,14 +156,6 @@ def _hidden(model: nn.Module, ids: torch.Tensor, batch_size: int) -> torch.Tenso
     return torch.cat(
         [model.model(part).last_hidden_state.float() for part in ids.split(batch_size)]
     )
-
-
-def _score(hidden: torch.Tensor, ids: torch.Tensor, head: torch.Tensor) -> Perplexity:
-    rows = []
-    for states, window in zip(hidden, ids, strict=True):
-        logits = nn.functional.linear(states[:-1], head)
-        rows.append(nn.functional.cross_entropy(logits, window[1:], reduction="none").double())
-    return summarize(torch.stack(rows))
 
 
 def quality(model: nn.Module, reference: Reference, batch_size: int = 1) -> Quality:

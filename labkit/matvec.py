@@ -257,24 +257,17 @@ def dequantize_rows(codes, bits, scale, zero_point, group_size, inputs):
     """Write a packed weight out: uint8 `(out, bytes)` of 8 or 4 bits to float32 `(out, inputs)`."""
     weight = np.empty((len(codes), inputs), np.float32)
     for row in prange(len(codes)):
+        some = codes[row]
+        if bits == 4:
+            some = np.empty(2 * codes.shape[1], np.uint8)
+            for i in range(codes.shape[1]):
+                some[2 * i], some[2 * i + 1] = codes[row, i] & 15, codes[row, i] >> 4
         for group in range(scale.shape[1]):
             zero, step = np.float32(zero_point[row, group]), scale[row, group]
             first, last = group * group_size, min((group + 1) * group_size, inputs)
-            if bits == 8:
-                some_codes, some_weights = codes[row, first:last], weight[row, first:last]
-                for i in range(some_weights.size):
-                    some_weights[i] = (np.float32(some_codes[i]) - zero) * step
-                continue
-            even, end = first + first % 2, last - last % 2  # from here to there, whole bytes
-            some_codes, some_weights = codes[row, even >> 1 : end >> 1], weight[row, even:end]
-            for i in range(some_codes.size):
-                byte = np.int32(some_codes[i])
-                some_weights[2 * i] = (np.float32(byte & 15) - zero) * step
-                some_weights[2 * i + 1] = (np.float32(byte >> 4) - zero) * step
-            if even > first:
-                weight[row, first] = (np.float32(codes[row, first >> 1] >> 4) - zero) * step
-            if last > end:
-                weight[row, end] = (np.float32(codes[row, end >> 1] & 15) - zero) * step
+            some_codes, some_weights = some[first:last], weight[row, first:last]
+            for i in range(some_weights.size):
+                some_weights[i] = (np.float32(some_codes[i]) - zero) * step
     return weight
 
 

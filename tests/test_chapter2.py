@@ -1,5 +1,7 @@
 """What chapter 2 writes out for itself, held against labkit, gguf and the definitions."""
 
+import dataclasses
+
 import gguf
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from notebook_rules import taught
 
-from labkit import microscaling, ptq, quant
+from labkit import microscaling, ptq, quant, rotations
 from labkit.authoring import four_bits, overfitting
 
 CHAPTER = "02_ptq"
@@ -98,6 +100,23 @@ def test_gptq_on_a_float_grid_stays_on_it_and_beats_rounding_on_its_own_text():
     assert again.shape == fitted.shape
     errors = [ptq.output_error(x - weight, hessian) for x in (fitted, nearest)]
     assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_turned_where_it_is_rounded_means_both_sides_in_turned_axes(fitted):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(64, 8, bias=False), torch.randn(100, 64) * torch.linspace(0.1, 9, 64)
+    seen = ptq.Inputs(x.abs().mean(0), x.abs().amax(0), x.T @ x / len(x))
+    square = rotations.hadamard_transform(torch.eye(64))
+    expected = torch.nn.Linear(64, 8, bias=False)
+    expected.weight.data = layer.weight @ square
+    turned = dataclasses.replace(seen, hessian=square.T @ seen.hessian @ square)
+    task = {"weights": ("INT4 with zero point", 64, "FP16"), "activations": "4 bits a token"}
+    task |= {"gptq": fitted}
+    four_bits._round(expected, task, turned)
+    four_bits._round(layer, task | {"turn": "where rounded"}, seen)
+    torch.testing.assert_close(layer(x), expected(x @ square), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(layer.weight, expected.weight, atol=1e-2)
 
 
 def test_every_task_of_the_record_is_written_once():

@@ -56,7 +56,7 @@ def test_spread_windows_come_from_all_over_the_text():
 
 
 @pytest.mark.parametrize(
-    ("name", "n", "said"), [("train", 2, "spread does not go"), ("news", 10**6, "characters, not")]
+    ("name", "n", "said"), [("train", 2, "spread does not go"), ("news", 10**4, "has only [0-9]+$")]
 )
 def test_windows_that_cannot_be_spread_are_refused(name, n, said):
     _, tokenizer = lk.load_model("tiny")

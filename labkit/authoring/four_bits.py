@@ -6,6 +6,7 @@ for each task that is not there yet.
 
 import argparse
 import copy
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,13 +119,12 @@ def build(model, seen: list, ids: torch.Tensor, task: dict) -> nn.Module:
     elif turn in ROTATED:
         inside = None if task.get("outside") else rotations.hadamard_transform
         rotations.rotate(made, turn_of(turn, task.get("seed", 0)), inside)
-    if task.get("gptq") and turn:
+    if task.get("gptq") and turn in ("norms folded", "SmoothQuant", *ROTATED):
         seen = [inputs for _, inputs in ptq.calibrate(made, ids, propagate=False)]
     for block, inputs in zip(made.model.layers, seen, strict=True):
         for name, layers in ptq.LINEARS.items():
-            hessian = inputs[name].shrunk(0.1).hessian if task.get("gptq") else None
             for layer in map(block.get_submodule, layers):
-                _round(layer, task, hessian)
+                _round(layer, task, inputs[name])
     return made
 
 
@@ -137,15 +137,19 @@ def smooth(model, seen: list, alpha: float) -> None:
             ptq.rescale_input(block, name, factor)
 
 
-def _round(layer: nn.Linear, task: dict, hessian: torch.Tensor | None) -> None:
-    weights, inputs = task["weights"], task["activations"]
+def _round(layer: nn.Linear, task: dict, seen: ptq.Inputs) -> None:
+    weights, inputs, hessian = task["weights"], task["activations"], None
     turn = back = lambda x: x
     if task.get("turn") == "where rounded":
         square = rotations.hadamard_transform(torch.eye(layer.in_features))
         turn, back = (lambda x: x @ square), (lambda x: x @ square.T)
+    if task.get("gptq"):
+        turned = dataclasses.replace(seen, hessian=turn(turn(seen.hessian).T))
+        hessian = turned.shrunk(0.1).hessian
     with torch.no_grad():
         if weights == "8 bits":
-            layer.weight.copy_(quant.fake_quantize(layer.weight, 8, symmetric=True, dim=1))
+            rounded = quant.fake_quantize(turn(layer.weight), 8, symmetric=True, dim=1)
+            layer.weight.copy_(back(rounded))
         elif weights:
             layer.weight.copy_(back(round_weight(turn(layer.weight), *weights, hessian)))
     if inputs:
@@ -222,8 +226,8 @@ def _arms_without_folding(w4: tuple) -> list[dict]:
     cases += [(w4, None), (w4, "4 bits, blocks of 16"), (w4, "4 bits a token")]
     where = {"turn": "where rounded"}
     found = [{"weights": w, "activations": x, **where} for w, x in cases]
-    folded = {"turn": "norms folded"}
-    return found + [{"weights": None, "activations": x, **folded} for x in inputs[:3]]
+    found += [{"weights": None, "activations": x, "turn": "norms folded"} for x in inputs[:3]]
+    return found + [{"weights": w, "activations": x, **where, "gptq": True} for w, x in cases[4:]]
 
 
 def run(record: Path = RECORD, chosen: Sequence[dict] | None = None) -> None:
