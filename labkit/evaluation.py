@@ -119,6 +119,7 @@ def reference(
     if n_windows < 2:
         raise ValueError(f"n_windows must be at least 2, for an interval, not {n_windows}")
     ids = {name: windows(tokenizer, name, n_windows, length, spread) for name in texts}
+    ids = {name: rows.to(model.device) for name, rows in ids.items()}
     some = next(iter(ids))
     with evaluating(model):
         hidden = {name: _hidden(model, rows, batch_size) for name, rows in ids.items()}
@@ -148,7 +149,7 @@ def _answers(
         log_p = _log_p(states, head)
         nats.append(nn.functional.nll_loss(log_p, window[1:], reduction="none").double())
         kept.append(log_p if keep else states)
-    return summarize(torch.stack(nats)), torch.stack(kept)
+    return summarize(torch.stack(nats).cpu()), torch.stack(kept)
 
 
 def _hidden(model: nn.Module, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
@@ -187,7 +188,7 @@ def _on_text(model: nn.Module, reference: Reference, name: str, batch_size: int)
             if reference.head is not None:
                 log_p = _log_p(log_p, reference.head)
             found.append(_compare(own, log_p, targets))
-    nats, kl, same = torch.cat(found, dim=1).unflatten(1, (len(ids), -1)).mean(-1)
+    nats, kl, same = torch.cat(found, dim=1).unflatten(1, (len(ids), -1)).mean(-1).cpu()
     return TextQuality(
         Estimate(nats - reference.perplexity[name].window_nats), Estimate(kl), Estimate(same)
     )

@@ -79,14 +79,15 @@ def _own_tensors(module: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
     for name, value in own.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"model: cannot store {prefix}{name}, a {type(value).__name__}")
-    return dict(pair for name, tensor in own.items() for pair in _flatten(name, tensor))
+    return dict(pair for name, tensor in own.items() for pair in flatten(name, tensor))
 
 
-def _flatten(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+def flatten(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """Return the plain tensors that a tensor is made of, by name; itself if it is plain."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [(name, tensor)]
     inner = tensor.__tensor_flatten__()[0]
-    return [pair for key in inner for pair in _flatten(f"{name}.{key}", getattr(tensor, key))]
+    return [pair for key in inner for pair in flatten(f"{name}.{key}", getattr(tensor, key))]
 
 
 def _is_ao(module: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """What chapter 2 writes out for itself, held against labkit, gguf and the definitions."""
 
+import copy
 import dataclasses
 
 import gguf
@@ -117,6 +118,20 @@ def test_turned_where_it_is_rounded_means_both_sides_in_turned_axes(fitted):
     four_bits._round(layer, task | {"turn": "where rounded"}, seen)
     torch.testing.assert_close(layer(x), expected(x @ square), rtol=1e-3, atol=1e-3)
     assert not torch.allclose(layer.weight, expected.weight, atol=1e-2)
+
+
+@pytest.mark.parametrize("but", [0, 0.7])
+def test_gains_are_folded_save_the_small_ones(model, ids, but):
+    made = copy.deepcopy(model)
+    four_bits.fold(made, but)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            made(ids[:1]).logits, model(ids[:1]).logits, rtol=1e-3, atol=1e-3
+        )
+    gain, left = (net.model.layers[0].input_layernorm.weight for net in (model, made))
+    small = gain.abs() < but * gain.abs().median()
+    assert torch.equal(left != 1, small)
+    assert small.any() == (but > 0)
 
 
 def test_every_task_of_the_record_is_written_once():

@@ -107,15 +107,15 @@ def build(model, seen: list, ids: torch.Tensor, task: dict) -> nn.Module:
         seen: what enters each of its blocks, from `ptq.calibrate`.
         ids: calibration windows.
         task: `weights`, `activations`; perhaps `turn`, `seed`, `alpha`, `gptq`, and `outside`: the
-            residual stream alone is turned. The turn `"where rounded"` folds nothing: each layer
-            turns its input, rounds it, and turns it back.
+            residual stream alone is turned; for `but` see `fold`. The turn `"where rounded"`
+            folds nothing: each layer turns its input, rounds it, and turns it back.
     """
     made = copy.deepcopy(model)
     turn = task.get("turn")
     if turn == "SmoothQuant":
         smooth(made, seen, task["alpha"])
     elif turn == "norms folded":
-        rotations.fold_norms(made)
+        fold(made, task.get("but", 0))
     elif turn in ROTATED:
         inside = None if task.get("outside") else rotations.hadamard_transform
         rotations.rotate(made, turn_of(turn, task.get("seed", 0)), inside)
@@ -135,6 +135,24 @@ def smooth(model, seen: list, alpha: float) -> None:
             weights = [block.get_submodule(layer).weight for layer in ptq.LINEARS[name]]
             factor = ptq.smooth_factor(inputs[name].peak, weights, alpha)
             ptq.rescale_input(block, name, factor)
+
+
+def fold(model, but: float) -> None:
+    """Fold the gains of the blocks' norms, in place, save those below `but` times their median.
+
+    A gain that stays is divided by the median, which is folded, so that its channel is no larger
+    than its neighbors.
+    """
+    small = {}
+    for number, block in enumerate(model.model.layers):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            gain = getattr(block, name).weight.detach()
+            left = torch.where(gain.abs() < but * gain.abs().median(), gain / gain.median(), 1.0)
+            gain /= left
+            small[number, name] = left
+    rotations.fold_norms(model)
+    for (number, name), left in small.items():
+        getattr(model.model.layers[number], name).weight.data *= left
 
 
 def _round(layer: nn.Linear, task: dict, seen: ptq.Inputs) -> None:
@@ -227,7 +245,11 @@ def _arms_without_folding(w4: tuple) -> list[dict]:
     where = {"turn": "where rounded"}
     found = [{"weights": w, "activations": x, **where} for w, x in cases]
     found += [{"weights": None, "activations": x, "turn": "norms folded"} for x in inputs[:3]]
-    return found + [{"weights": w, "activations": x, **where, "gptq": True} for w, x in cases[4:]]
+    found += [{"weights": w, "activations": x, **where, "gptq": True} for w, x in cases[4:]]
+    some = [{"turn": "norms folded", "but": share} for share in (0.02, 0.3, 0.7)]
+    return found + [
+        {"weights": w, "activations": x, **but} for w, x in (cases[0], cases[4]) for but in some
+    ]
 
 
 def run(record: Path = RECORD, chosen: Sequence[dict] | None = None) -> None:

@@ -107,6 +107,11 @@ def halves_swapped(blocks):
     return scale, codes[:, 1::2] | codes[:, 0::2] << 4
 
 
+def packed_before_scale(blocks):
+    """Returns the packed codes first, and the scale second."""
+    return _packed(blocks)[::-1]
+
+
 def far_pairs(blocks):
     """Pairs number i with number i + 16, as GGUF does."""
     scale, codes = _pack(blocks)
@@ -231,6 +236,7 @@ def scale_of_all_blocks(blocks):
 
 
 _WRONG = (
+    (packed_before_scale, "the scale comes first, then the packed codes"),
     (halves_swapped, "the first of each pair of neighbors belongs in the low half of the byte"),
     (far_pairs, "this pairs number i with number i + 16; pair neighbors here"),
     (one_code_a_byte, "these are 4-bit codes in 8-bit boxes; pack two into each byte"),
