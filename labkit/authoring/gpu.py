@@ -1,56 +1,101 @@
 """Chapter 5's record of a GPU: `python -m labkit.authoring.gpu` measures and writes it.
 
-Products of square matrices by number format, and SmolLM2 in three formats. What this GPU or this
-build of torch cannot do is recorded as its error.
+Four parts: bytes a second; products of square matrices by number format; a model that writes, in
+torchao's schemes; and one large layer from one token to many. What this GPU or this build of torch
+cannot do is recorded as its error. The file is written after each step, so that nothing is lost
+where time runs out.
 """
 
 import copy
+import dataclasses
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from labkit import data, machine, measure, models
+from labkit import evaluation, ledger, machine, measure, models
 
 FOLDER = Path(__file__).parents[2] / "notebooks" / "records"
+TOKENS = (1, 8, 32, 128, 512, 2048)  # at once, through one layer
+PROMPT, WRITTEN = 64, 64  # tokens
 
 
-def record(device: str = "cuda", size: int = 8192, model_name: str = "smollm2") -> dict:
-    """Measure everything.
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How large everything is: for a GPU, or for a test of this script.
+
+    Attributes:
+        square: rows and columns of the matrices that are multiplied.
+        layer: inputs and outputs of the one layer; its INT4 weights should not fit into a cache.
+        copied: bytes of what is copied.
+        model: the name of a trained model, see `labkit.load_model`.
+        windows, length: of the evaluation texts.
+    """
+
+    square: int = 8192
+    layer: int = 16384
+    copied: int = 2**32
+    model: str = "smollm2"
+    windows: int = 16
+    length: int = 256
+
+
+def record(device: str = "cuda", scale: Scale | None = None) -> Iterator[dict]:
+    """Measure everything, step by step.
 
     Args:
         device: where.
-        size: rows and columns of the matrices.
-        model_name: see `labkit.load_model`.
+        scale: see `Scale`.
 
-    Returns:
-        Machine, versions and date; under `products`, operations a second by format; under
-        `model`, by format: seconds of reading 512 tokens, tokens a second of writing, and the
-        perplexity. Where a format failed: its error, as a string.
+    Yields:
+        The same growing dict after each step: machine, versions and date; under `products`,
+        operations a second by format; under `bandwidth`, bytes a second; under `layer`, seconds
+        by scheme and number of tokens; under `model`, by scheme what `write` returns, seconds of
+        reading a prompt, and the loss over FP32 with its margin by text.
+        Where a step failed: its error, as a string.
     """
+    scale = scale or Scale()
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "no GPU"
-    return {
+    found = {
         "label": "measured once on the machine named here; not run by the tests",
         "script": "python -m labkit.authoring.gpu",
         "gpu": name,
         "machine": {key: str(value) for key, value in machine.hardware().items()},
         "cuda": str(torch.version.cuda),
         "date": time.strftime("%Y-%m-%d"),
-        "size": size,
-        "products": {form: _or_error(make, device, size) for form, make in PRODUCTS.items()},
-        "model": {form: _or_error(_speak, device, model_name, form) for form in MODEL_DTYPES},
+        "scale": dataclasses.asdict(scale),
     }
+    steps = {
+        "bandwidth": {"copy": partial(_copied, device, scale.copied)},
+        "products": {n: partial(make, device, scale.square) for n, make in PRODUCTS.items()},
+        "model": _speakers(device, scale),
+        "layer": {s: partial(layer_seconds, device, scale.layer, s) for s in SCHEMES},
+    }
+    for part, calls in steps.items():
+        found[part] = {}
+        for key, call in calls.items():
+            start = time.perf_counter()
+            found[part][key] = _or_error(call)
+            if device.startswith("cuda"):
+                torch.cuda.empty_cache()
+            seconds = time.perf_counter() - start
+            sys.stderr.write(f"{part}, {key}: {seconds:.0f} s: {found[part][key]}\n")
+            yield found
 
 
-def _or_error(function: Callable, *arguments):
+def _or_error(call: Callable):
     try:
-        return function(*arguments)
-    except (RuntimeError, NotImplementedError, ImportError, AssertionError, ValueError) as error:
+        return call()
+    except Exception as error:  # compilers and drivers raise all kinds
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+# -- one product --
 
 
 def _rate(call: Callable, size: int) -> float:
@@ -58,9 +103,9 @@ def _rate(call: Callable, size: int) -> float:
 
 
 def _matrices(device: str, size: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    some = (torch.randn(size, size, generator=generator) for _ in range(2))
-    return [matrix.to(device, dtype) for matrix in some]
+    generator = torch.Generator(device).manual_seed(0)
+    some = (torch.randn(size, size, generator=generator, device=device) for _ in range(2))
+    return [matrix.to(dtype) for matrix in some]
 
 
 def _by_columns(matrix: torch.Tensor) -> torch.Tensor:
@@ -101,17 +146,6 @@ def _in_two_of_four(device: str, size: int) -> float:
     return _rate(lambda: packed @ columns, size)
 
 
-def _in_int4(device: str, size: int) -> float:
-    from torchao.quantization import Int4WeightOnlyConfig, quantize_
-
-    layer = torch.nn.Sequential(torch.nn.Linear(size, size, bias=False))
-    layer = layer.to(device, torch.bfloat16)
-    quantize_(layer, Int4WeightOnlyConfig(group_size=64 if size % 128 else 128))
-    x = _matrices(device, size, torch.bfloat16)[0]
-    with torch.inference_mode():
-        return _rate(lambda: layer(x), size)
-
-
 PRODUCTS = {
     "FP32": _in_float(torch.float32),
     "TF32": _in_float(torch.float32, "high"),
@@ -120,37 +154,197 @@ PRODUCTS = {
     "FP16, 2:4 sparse": _in_two_of_four,
     "FP8": _in_fp8,
     "INT8": _in_int8,
-    "INT4 weights, BF16 activations": _in_int4,
 }
-MODEL_DTYPES = {"FP32": torch.float32, "BF16": torch.bfloat16, "FP16": torch.float16}
 
 
-@torch.inference_mode()
-def _speak(device: str, model_name: str, form: str) -> dict[str, float]:
-    model, tokenizer = models.load_model(model_name, device="cpu")
-    model = copy.deepcopy(model).to(device, MODEL_DTYPES[form])
-    ids = data.windows(tokenizer, "reference-judge", 4, 512)
-    prompt = ids[:1].to(device)
-    read = measure.alternate({"it": lambda: model(prompt, use_cache=True)}, repeats=7, warmup=3)
-    options = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id}
-    seconds = []
-    for _ in range(4):  # the first does not count
-        start = time.perf_counter()
-        model.generate(prompt[:, :64], max_new_tokens=64, min_new_tokens=64, **options)
-        seconds.append(time.perf_counter() - start)
+def _copied(device: str, nbytes: int) -> float:
+    source = torch.ones(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+    call = measure.alternate({"it": lambda: target.copy_(source)}, repeats=15, warmup=3)
+    return 2 * nbytes / call["it"].seconds  # read and written
+
+
+# -- torchao's schemes --
+
+
+def _schemes() -> dict[str, Callable]:
+    from torchao import quantization as ao
+
+    int4 = {"group_size": 64, "int4_packing_format": "tile_packed_to_4d"}
     return {
-        "seconds to read 512 tokens": read["it"].seconds,
-        "tokens a second written": 64 / statistics.median(seconds[1:]),
-        "perplexity": measure.perplexity(model, ids).perplexity,
+        "INT8 weights": ao.Int8WeightOnlyConfig,
+        "INT4 weights": lambda: ao.Int4WeightOnlyConfig(**int4),
+        "INT8 weights and activations": ao.Int8DynamicActivationInt8WeightConfig,
+        "FP8 weights and activations": lambda: ao.Float8DynamicActivationFloat8WeightConfig(
+            granularity=ao.PerRow()
+        ),
     }
 
 
-if __name__ == "__main__":
+SCHEMES = ("BF16", *_schemes())
+WRITING = tuple(scheme for scheme in SCHEMES if not scheme.startswith("INT8 weights and"))
+
+
+def _quantize(model: nn.Module, scheme: str) -> nn.Module:
+    from torchao.quantization import quantize_
+
+    if make := _schemes().get(scheme):
+        quantize_(model, make())
+    return model
+
+
+def _graph(call: Callable) -> Callable[[], None]:
+    """Return the call as a CUDA graph, which the GPU repeats without Python.
+
+    The call runs a few times meanwhile. On a CPU, which has no such graphs, it stays as it is.
+    """
+    if not torch.cuda.is_available():
+        return call
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+@torch.no_grad()
+def layer_seconds(device: str, size: int, scheme: str, compiled: bool = True) -> dict:
+    """Time one linear layer without bias on 1 to 2048 tokens, compiled and as a CUDA graph.
+
+    Returns:
+        Seconds by the number of tokens.
+    """
+    torch._dynamo.reset()
+    layer = nn.Sequential(nn.Linear(size, size, bias=False, device=device, dtype=torch.bfloat16))
+    run = _quantize(layer, scheme)
+    run = torch.compile(run, dynamic=False) if compiled else run
+    found = {}
+    for tokens in TOKENS:
+        x = torch.randn(tokens, size, device=device, dtype=torch.bfloat16)
+        found[tokens] = _or_error(lambda x=x: _graphed_seconds(lambda: run(x)))
+    return found
+
+
+def _graphed_seconds(call: Callable) -> float:
+    return measure.alternate({"it": _graph(call)}, repeats=15, warmup=3)["it"].seconds
+
+
+# -- a model that writes --
+
+
+def linear_nbytes(model: nn.Module) -> int:
+    """Return the bytes of all linear layers, the head included: what each token reads."""
+    layers = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return sum(t.nbytes for layer in layers for _, t in ledger.flatten("", layer.weight))
+
+
+@torch.no_grad()
+def write(model: nn.Module, prompt: torch.Tensor, ways: tuple[str, ...]) -> dict:
+    """Write greedily with a static cache, one step a token.
+
+    Args:
+        model: a causal LM of transformers.
+        prompt: int64 `(1, tokens)`, on its device.
+        ways: `"eager"`, `"graph"`: eager, repeated as a CUDA graph; `"compiled"`: by
+            `torch.compile`, then as a CUDA graph.
+
+    Returns:
+        Bytes of the linear layers; by way the tokens a second (the best of seven runs) and after
+        how many tokens, of 64, the first one comes that the first way did not write; or an error.
+    """
+    found, written = {"bytes": linear_nbytes(model)}, {}
+    for way in ways:
+        found[way] = _or_error(lambda way=way: _write(model, prompt, way, written))
+    return found
+
+
+def _write(model: nn.Module, prompt: torch.Tensor, way: str, written: dict) -> dict:
+    from transformers import StaticCache
+
+    torch._dynamo.reset()
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + WRITTEN)
+    first = model(prompt, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    token = first.clone()
+
+    def step() -> None:
+        logits = model(token, past_key_values=cache, use_cache=True).logits
+        token.copy_(logits[:, -1:].argmax(-1))
+
+    def rewind() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(prompt.shape[1])
+        token.copy_(first)
+
+    again = torch.compile(step) if way == "compiled" else step
+    again = again if way == "eager" else _graph(again)
+    rewind()
+    tokens = [first.clone()]
+    for _ in range(WRITTEN - 1):
+        again()
+        tokens.append(token.clone())
+    seconds = []
+    for _ in range(7):
+        rewind()
+        seconds.append(_seconds(again))
+    written[way] = torch.cat(tokens).flatten()
+    equal = written[way] == next(iter(written.values()))
+    return {"tokens a second": 1 / min(seconds), "same tokens": int(equal.long().cumprod(0).sum())}
+
+
+def _seconds(step: Callable) -> float:
+    def some() -> None:
+        for _ in range(WRITTEN - 1):
+            step()
+
+    return measure.once(some)[0].seconds / (WRITTEN - 1)
+
+
+def _speakers(device: str, scale: Scale) -> dict[str, Callable]:
+    kept = {}
+
+    def start():
+        if not kept:
+            model, tokenizer = models.load_model(scale.model, device=device)
+            sizes = scale.windows, scale.length
+            kept["reference"] = evaluation.reference(model, tokenizer, *sizes, spread=True)
+            kept["model"] = model
+        return kept["model"], kept["reference"]
+
+    def speak(dtype: torch.dtype, scheme: str, ways: tuple[str, ...]) -> dict:
+        model, reference = start()
+        made = _quantize(copy.deepcopy(model).to(dtype), scheme)
+        ids = reference.ids["news"][:2].flatten()[None]
+        found = write(made, ids[:, :PROMPT], ways)
+        with torch.inference_mode():
+            read = measure.alternate({"it": lambda: made(ids[:, :512])}, repeats=7, warmup=3)
+        quality = evaluation.quality(made, reference)
+        losses = {text: [on.loss.value, on.loss.margin] for text, on in quality.items()}
+        return found | {"seconds to read 512 tokens": read["it"].seconds, "loss": losses}
+
+    all_ways = ("eager", "graph", "compiled")
+    found = {"FP32": partial(speak, torch.float32, "FP32", ("eager", "graph"))}
+    for scheme in SCHEMES:  # torch._int_mm takes no single token
+        ways = all_ways if scheme in WRITING else ()
+        found[scheme] = partial(speak, torch.bfloat16, scheme, ways)
+    return found
+
+
+def main() -> None:
+    """Measure, and write the record of today's date."""
     if not torch.cuda.is_available():
         sys.exit("labkit.authoring.gpu: torch sees no CUDA device; install a CUDA build of torch")
-    found = record()
-    path = FOLDER / f"05_gpu_{found['date']}.json"
+    path = FOLDER / f"05_gpu_{time.strftime('%Y-%m-%d')}.json"
     if path.exists():
         sys.exit(f"labkit.authoring.gpu: {path} exists; move it away first")
-    path.write_text(json.dumps(found, indent=2) + "\n")
+    for found in record():
+        path.write_text(json.dumps(found, indent=2) + "\n")
     sys.stdout.write(f"{path}\n")
+
+
+if __name__ == "__main__":
+    main()
