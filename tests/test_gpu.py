@@ -29,8 +29,8 @@ def found():
         patch.setattr(gpu, "WRITTEN", 8)
         patch.setitem(gpu.PRODUCTS, "broken", unavailable)
         steps = [json.loads(json.dumps(found)) for found in gpu.record("cpu", SMALL)]
-    assert len(steps[1]["products"]) < len(steps[2]["products"])  # written step by step
-    return steps[-1]
+        assert len(steps[1]["products"]) < len(steps[2]["products"])  # written step by step
+        yield steps[-1]
 
 
 def test_the_record_holds_every_format_or_why_not(found):
