@@ -125,7 +125,7 @@ def reference(
         hidden = {name: _hidden(model, rows, batch_size) for name, rows in ids.items()}
         expected = model(ids[some][:1]).logits
     logits = nn.functional.linear(hidden[some][:1], model.lm_head.weight)
-    if not torch.allclose(expected, logits, rtol=1e-3, atol=1e-3):
+    if (expected - logits).norm() > 0.01 * logits.norm():  # a batch rounds unlike a window alone
         raise TypeError(f"{type(model).__name__}: its logits are not those of its head alone")
     head = model.lm_head.weight.detach()
     keep = 4 * len(head) * sum(rows.numel() for rows in ids.values()) <= _KEPT

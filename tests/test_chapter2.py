@@ -70,6 +70,22 @@ def test_blocks_of_the_chapter_are_those_of_the_formats(number_format):
     )
 
 
+def test_even_is_torchaos_rule_and_higher_never_cuts():
+    from torchao.prototype.mx_formats.config import ScaleCalculationMode
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor
+
+    w = torch.randn(64, 256, generator=torch.Generator().manual_seed(3))
+    by_torchao = MXTensor.to_mx(
+        w, torch.float4_e2m1fn_x2, 32, scaling_mode=ScaleCalculationMode.EVEN
+    )
+    found = four_bits.round_weight(w, "FP4", 32, "E8M0, EVEN")
+    assert torch.equal(found, by_torchao.dequantize(torch.float32))
+    peak = w.unflatten(1, (-1, 32)).abs().amax(-1, keepdim=True)
+    scale = four_bits.block_scale(peak, 6.0, "E8M0, higher")
+    assert torch.equal(scale, 2 * four_bits.block_scale(peak, 6.0, "E8M0"))
+    assert (peak <= 6 * scale).all()
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 4), st.floats(-3, 3), st.floats(1e-4, 10))
 def test_q4_k_is_read_by_gguf_as_we_read_it(rows, shift, scale):
@@ -101,6 +117,23 @@ def test_gptq_on_a_float_grid_stays_on_it_and_beats_rounding_on_its_own_text():
     assert again.shape == fitted.shape
     errors = [ptq.output_error(x - weight, hessian) for x in (fitted, nearest)]
     assert errors[0] < 0.8 * errors[1]
+
+
+def test_gptq_uses_the_sixteenth_level_where_rounding_does():
+    weight, hessian = random_layer(16, 64, 5)
+    grid = "INT4, 16 levels", 16, "E4M3"
+    found = [four_bits.round_weight(weight, *grid, h) for h in (None, hessian)]
+    blocks = weight.view(16, 4, 16)
+    peak = blocks.abs().amax(-1, keepdim=True)
+    scale = four_bits.block_scale(peak, 8.0, "E4M3")
+    sign = -blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).sign()
+    for rounded in found:
+        steps = rounded.view(16, 4, 16) / scale * sign
+        torch.testing.assert_close(steps, steps.round(), atol=1e-4, rtol=0)
+        assert steps.min() == pytest.approx(-8, abs=1e-4)
+        assert steps.max() <= 7 + 1e-4
+    errors = [ptq.output_error(x - weight, hessian) for x in found]
+    assert errors[1] < 0.8 * errors[0]
 
 
 @pytest.mark.parametrize("fitted", [False, True])

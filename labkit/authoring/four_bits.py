@@ -42,7 +42,9 @@ def block_scale(peak: torch.Tensor, top: float, scale_format: str) -> torch.Tens
         peak: `(out, n_blocks, 1)`, largest magnitudes.
         top: the grid's largest value.
         scale_format: `"FP16"`; `"E4M3"`, under one FP32 scale of the tensor; or `"E8M0"`, a power
-            of two, by the rule of MX: the exponent of the peak less that of `top`.
+            of two, by the rule of MX: the exponent of the peak less that of `top`. With
+            `"E8M0, higher"` it is one higher, with `"E8M0, EVEN"` only where the peak over the
+            scale is 7 or more, which FP4 rounds to 8.
     """
     if scale_format == "FP16":
         return quant.to_fp16(peak / top)
@@ -50,7 +52,9 @@ def block_scale(peak: torch.Tensor, top: float, scale_format: str) -> torch.Tens
         whole = peak.max() / top / 448
         return microscaling.round_to_float(peak / top / whole, *microscaling.E4M3) * whole
     exponents = [torch.frexp(value)[1] - 1 for value in (peak, torch.tensor(top))]
-    return torch.where(peak > 0, 2.0 ** (exponents[0] - exponents[1]), 1.0)
+    scale = torch.where(peak > 0, 2.0 ** (exponents[0] - exponents[1]), 1.0)
+    raised_from = {"E8M0": torch.inf, "E8M0, higher": 0, "E8M0, EVEN": 7}[scale_format]
+    return torch.where(peak / scale < raised_from, scale, 2 * scale)
 
 
 def round_weight(
@@ -69,7 +73,7 @@ def round_weight(
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
     if grid == "INT4, 16 levels":  # the largest magnitude takes the end with one level more
         largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-        scale = torch.where(largest > 0, -scale, scale)
+        return _on_integers(weight, scale, torch.where(largest > 0, 7.0, 8.0), block, hessian)
     if hessian is None:
         return (nearest(blocks / scale, grid) * scale).flatten(1)[:, : weight.shape[1]]
     # Twice the values of FP4 are integers.
@@ -215,7 +219,9 @@ def tasks() -> list[dict]:
     others += [("FP4", 64, "FP16"), ("INT4", 64, "FP16"), ("NF4", 32, "FP16"), ("FP4", 16, "FP16")]
     others += [("INT4, 16 levels", block, "FP16") for block in (16, 32, 64)]
     others += [("INT4, 16 levels", 16, "E4M3")]
+    others += [("FP4", 32, f"E8M0, {rule}") for rule in ("EVEN", "higher")]
     found += [{"weights": weights, "activations": None} for weights in others]
+    found += [{"weights": ("INT4, 16 levels", 16, "E4M3"), "activations": None, "gptq": True}]
     blocks = [(w, f"4 bits, blocks of {size}") for w in (w4, None) for size in (64, 16)]
     alone = [(None, "4 bits a token"), (None, "NVFP4"), *blocks]
     found += [{"weights": w, "activations": a, **turn} for w, a in alone for turn in turns[:2]]

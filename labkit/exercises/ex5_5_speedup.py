@@ -200,6 +200,12 @@ def upper_median(slow, fast, clock, repeats):
     return sorted(times[0])[repeats // 2] / sorted(times[1])[repeats // 2]
 
 
+def lower_median(slow, fast, clock, repeats):
+    """Takes the lower of two middle times."""
+    times = _in_turn(slow, fast, clock, repeats)
+    return sorted(times[0])[(repeats - 1) // 2] / sorted(times[1])[(repeats - 1) // 2]
+
+
 def warm_up_each_round(slow, fast, clock, repeats):
     """Calls both once more before each round."""
     times = [], []
@@ -236,6 +242,7 @@ _WRONG = (
     (only_fast_warm, "slow needs a warm-up as well as fast"),
     (all_slow_calls_first, "the machine grows slower, and fast runs last: call them in turn"),
     (means_in_turn, "one odd call moves a mean: take the median"),
+    (lower_median, "the lower of two middle times is not the median: take the mean of both"),
     (smallest_times, "one lucky call decides a minimum: take the median"),
     (median_of_ratios, "take the median of each first, and divide once"),
     (upper_median, "of an even number of times the median is the mean of the two middle ones"),

@@ -112,7 +112,9 @@ def _run(name: str, function: Callable, case: tuple):
         raised = type(error).__name__ + (f" ({reason})" if reason else "")
         raise Wrong(f"{call(name, *case)} raises {raised}: what does your code do there?") from None
     if not same(given, case):
-        raise Wrong(f"{name} changes its input in place: work on a new tensor, x * 2 not x.mul_(2)")
+        raise Wrong(
+            f"{name} changes its input in place: work on a new one, x * 2 not x.mul_(2) or x *= 2"
+        )
     return got
 
 

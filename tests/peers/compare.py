@@ -26,6 +26,7 @@ OURS = {
     "labkit-rtn": {},
     "labkit-awq": {"scaling": True, "clipping": True},
     "labkit-gptq": {"compensation": True, "shrink": 0.1},
+    "labkit-gptq-unshrunk": {"compensation": True},
     "labkit-all-three": METHODS,
     "labkit-tuned": METHODS,  # and then `tuning.tune`, 1,024 tokens a step
 }
