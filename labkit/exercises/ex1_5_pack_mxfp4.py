@@ -309,8 +309,8 @@ def pack_by_borders(blocks):
 EXERCISE = Exercise(
     id="1.5",
     title="Pack blocks of MXFP4",
-    stars=3,
-    minutes=25,
+    stars=2,
+    minutes=20,
     function_names=("pack_mxfp4",),
     check=_check,
     takeaway="Thirty-two weights in 17 bytes: 4.25 bits per weight, and no zero point anywhere.",
