@@ -7,14 +7,7 @@ import torch
 
 from labkit.authoring import gpu
 
-SMALL = gpu.Scale(
-    square=64,
-    layer=256,
-    copied=2**20,
-    model="tiny",
-    windows=2,
-    length=300,
-)
+SMALL = gpu.Sizes(square=64, layer=256, copied=2**20, model="tiny", windows=2, length=300)
 
 
 @pytest.fixture(scope="module")

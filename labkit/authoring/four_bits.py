@@ -8,6 +8,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -51,8 +52,7 @@ def block_scale(peak: torch.Tensor, top: float, scale_format: str) -> torch.Tens
     if scale_format == "E4M3":
         whole = peak.max() / top / 448
         return microscaling.round_to_float(peak / top / whole, *microscaling.E4M3) * whole
-    exponents = [torch.frexp(value)[1] - 1 for value in (peak, torch.tensor(top))]
-    scale = torch.where(peak > 0, 2.0 ** (exponents[0] - exponents[1]), 1.0)
+    scale = 2.0 ** microscaling.shared_exponent(peak, math.frexp(top)[1] - 1)
     raised_from = {"E8M0": torch.inf, "E8M0, higher": 0, "E8M0, EVEN": 7}[scale_format]
     return torch.where(peak / scale < raised_from, scale, 2 * scale)
 

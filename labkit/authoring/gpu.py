@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ PROMPT, WRITTEN = 64, 64  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Scale:
+class Sizes:
     """How large everything is: for a GPU, or for a test of this script.
 
     Attributes:
@@ -45,12 +45,12 @@ class Scale:
     length: int = 256
 
 
-def record(device: str = "cuda", scale: Scale | None = None) -> Iterator[dict]:
+def record(device: str = "cuda", sizes: Sizes | None = None) -> Iterator[dict]:
     """Measure everything, step by step.
 
     Args:
         device: where.
-        scale: see `Scale`.
+        sizes: see `Sizes`.
 
     Yields:
         The same growing dict after each step: machine, versions and date; under `products`,
@@ -59,7 +59,7 @@ def record(device: str = "cuda", scale: Scale | None = None) -> Iterator[dict]:
         reading a prompt, and the loss over FP32 with its margin by text.
         Where a step failed: its error, as a string.
     """
-    scale = scale or Scale()
+    sizes = sizes or Sizes()
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "no GPU"
     found = {
         "label": "measured once on the machine named here; not run by the tests",
@@ -68,13 +68,13 @@ def record(device: str = "cuda", scale: Scale | None = None) -> Iterator[dict]:
         "machine": {key: str(value) for key, value in machine.hardware().items()},
         "cuda": str(torch.version.cuda),
         "date": time.strftime("%Y-%m-%d"),
-        "scale": dataclasses.asdict(scale),
+        "sizes": dataclasses.asdict(sizes),
     }
     steps = {
-        "bandwidth": {"copy": partial(_copied, device, scale.copied)},
-        "products": {n: partial(make, device, scale.square) for n, make in PRODUCTS.items()},
-        "model": _speakers(device, scale),
-        "layer": {s: partial(layer_seconds, device, scale.layer, s) for s in SCHEMES},
+        "bandwidth": {"copy": partial(_copied, device, sizes.copied)},
+        "products": {n: partial(make, device, sizes.square) for n, make in PRODUCTS.items()},
+        "model": _speakers(device, sizes),
+        "layer": {s: partial(layer_seconds, device, sizes.layer, s) for s in SCHEMES},
     }
     for part, calls in steps.items():
         found[part] = {}
@@ -213,7 +213,7 @@ def _graph(call: Callable) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def layer_seconds(device: str, size: int, scheme: str, compiled: bool = True) -> dict:
+def layer_seconds(device: str, size: int, scheme: str) -> dict:
     """Time one linear layer without bias on 1 to 2048 tokens, compiled and as a CUDA graph.
 
     Returns:
@@ -221,8 +221,7 @@ def layer_seconds(device: str, size: int, scheme: str, compiled: bool = True) ->
     """
     torch._dynamo.reset()
     layer = nn.Sequential(nn.Linear(size, size, bias=False, device=device, dtype=torch.bfloat16))
-    run = _quantize(layer, scheme)
-    run = torch.compile(run, dynamic=False) if compiled else run
+    run = torch.compile(_quantize(layer, scheme), dynamic=False)
     found = {}
     for tokens in TOKENS:
         x = torch.randn(tokens, size, device=device, dtype=torch.bfloat16)
@@ -304,16 +303,12 @@ def _seconds(step: Callable) -> float:
     return measure.once(some)[0].seconds / (WRITTEN - 1)
 
 
-def _speakers(device: str, scale: Scale) -> dict[str, Callable]:
-    kept = {}
-
+def _speakers(device: str, sizes: Sizes) -> dict[str, Callable]:
+    @cache
     def start():
-        if not kept:
-            model, tokenizer = models.load_model(scale.model, device=device)
-            sizes = scale.windows, scale.length
-            kept["reference"] = evaluation.reference(model, tokenizer, *sizes, spread=True)
-            kept["model"] = model
-        return kept["model"], kept["reference"]
+        model, tokenizer = models.load_model(sizes.model, device=device)
+        windows = sizes.windows, sizes.length
+        return model, evaluation.reference(model, tokenizer, *windows, spread=True)
 
     def speak(dtype: torch.dtype, scheme: str, ways: tuple[str, ...]) -> dict:
         model, reference = start()
