@@ -140,6 +140,16 @@ def exponent_exchanged(weight, x, alphas, quantize):
     return _search(weight, x, alphas, quantize, power=lambda m, a: m ** (-a))
 
 
+def _centered(mean, alpha):
+    factor = mean**alpha
+    return factor / (factor.max() * factor.min()).sqrt()
+
+
+def searched_when_centered(weight, x, alphas, quantize):
+    """Centers each factor before it rounds, as AWQ's code does."""
+    return _search(weight, x, alphas, quantize, power=_centered)
+
+
 def largest_error(weight, x, alphas, quantize):
     """Keeps the exponent with the largest error."""
     return _search(weight, x, alphas, quantize, worst=True)
@@ -165,6 +175,10 @@ _WRONG = (
     (error_of_weights, "compare the outputs; the error of the weights does not know the inputs"),
     (activations_not_divided, "divide x by the factor too, or the product is another one"),
     (exponent_exchanged, "channels with large activations get the larger factor, not the smaller"),
+    (
+        searched_when_centered,
+        "round with the factor as it is: a grid of fixed steps sees a centered one",
+    ),
     (largest_error, "keep the exponent with the least error, not the largest"),
     (last_of_equals, "of equal errors the first counts: replace the best only by a smaller one"),
     (last_exponent, "this is the last exponent; remember the best one so far"),
