@@ -633,6 +633,14 @@ def test_copies_are_not_handed_out(crowded, tmp_path):
     assert found == {f"{Path(name).stem}{end}" for name in NAMES[:2] for end in ("", ".ipynb")}
 
 
+@pytest.mark.parametrize(("start", "n"), [("02", 1), ("02b", 1), ("02_p", 1), ("0", len(NAMES))])
+def test_the_two_halves_of_chapter_2_have_names_of_their_own(start, n):
+    found = [path.name for path in notebooks.chosen(learner.NOTEBOOKS, [start])]
+    assert len(found) == n
+    if n == 1:
+        assert found == [learner.full_name(start)] == [f for f in NAMES if f.startswith(start)][:1]
+
+
 def test_copies_are_neither_refreshed_nor_published(crowded, tmp_path):
     for start in ([], ["0"], ["01", "02"]):
         found = [path.name for path in notebooks.chosen(crowded, start)]

@@ -89,7 +89,8 @@ def made_up_record() -> dict:
 
 def test_times_adds_up():
     record = made_up_record()
-    record["notebooks"]["02_ptq.ipynb"] |= {"seconds": 61, "peak_nbytes": 3.2e9, "slowest": []}
+    for name in ("02_ptq.ipynb", "02b_formats_rotations.ipynb"):
+        record["notebooks"][name] |= {"seconds": 61, "peak_nbytes": 3.2e9, "slowest": []}
     record["notebooks"]["03_qat.ipynb"] |= {"slowest": [["x" * 41, 1.6], ["y", 1]]}
     lines = teaching.times(record).splitlines()
     inside = [e.minutes for e in EXERCISES if e.id.startswith("1.")]
@@ -97,10 +98,11 @@ def test_times_adds_up():
         f"| 1 (01\\_basics.ipynb) | {len(inside)}, {sum(inside)} min | 2:00 | 2.6 | "
         "a \\| b (14 s) |"
     )
-    assert lines[3].endswith("| 1:01 | 3.2 |  |")
+    assert lines[3].startswith("| 2 (02\\_ptq.ipynb, 02b\\_formats\\_rotations.ipynb) |")
+    assert lines[3].endswith("| 2:02 | 3.2 |  |")
     assert lines[4].endswith(f"| {'x' * 39}… (2 s) |")
     total = f"{len(EXERCISES)}, {sum(e.minutes for e in EXERCISES)} min"
-    assert lines[2 + len(CHAPTERS)] == f"| all | {total} | 12:59 | at most 3.2 |  |"
+    assert lines[2 + len(CHAPTERS)] == f"| all | {total} | 14:00 | at most 3.2 |  |"
     for said in ("Some CPU", "2 cores", "2026-11-26", "Another machine"):
         assert said in lines[-1]
 
@@ -114,7 +116,7 @@ def test_a_record_that_does_not_fit_is_refused(lost):
         del record["notebooks"]["03_qat.ipynb"]["seconds"]
     else:
         del record[lost]
-    with pytest.raises(teaching.GuideError, match="lacks chapter 7" if lost == "chapter" else lost):
+    with pytest.raises(teaching.GuideError, match="lacks 07_pru" if lost == "chapter" else lost):
         teaching.times(record)
 
 

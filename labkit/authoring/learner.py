@@ -54,7 +54,7 @@ def unanswered() -> dict[str, Any]:
             refused += [f"{path.name}, exercise {id}: {what}" for id, what in found.items()]
     if refused:
         listed = "\n".join(f"  {line}" for line in refused)
-        starts = sorted({line[:2] for line in refused})
+        starts = sorted({line.partition("_")[0] for line in refused})
         resets = "\n".join(f"  python -m labkit reset {s} --folder {NOTEBOOKS}" for s in starts)
         raise ReleaseError(
             f"nothing was written; learners would get answers, or broken exercises:\n{listed}\n"
@@ -174,11 +174,11 @@ def full_name(chapter: str) -> str:
     Raises:
         ReleaseError: if none or several do.
     """
-    starting = [name for name in notebooks.NAMES if chapter and name.startswith(chapter)]
-    if len(starting) != 1:
+    found = notebooks.starting(notebooks.NAMES, chapter)
+    if len(found) != 1:
         names = ", ".join(notebooks.NAMES)
         raise ReleaseError(f"chapter must start one of {names}; got {chapter!r}")
-    return starting[0]
+    return found[0]
 
 
 def reset(chapter: str, folder: Path | None = None) -> Path:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from labkit.authoring import folding
 NAMES = (
     "01_basics.ipynb",
     "02_ptq.ipynb",
+    "02b_formats_rotations.ipynb",
     "03_qat.ipynb",
     "04_mixed_precision.ipynb",
     "05_hardware.ipynb",
@@ -29,7 +31,7 @@ KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "nam
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 _LASTING_METADATA = {"authors", "deletable", "editable", "jupyter", "slideshow", "tags", "title"}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_FORM = re.compile(r"\d\d(_[a-z]+)*(?<!_mine)")
+_FORM = re.compile(r"\d\d[a-z]?(_[a-z]+)*(?<!_mine)")
 _PROGRESS_BAR = re.compile(r"\d+%\|.*\|\s*\S+/\S+ \[")
 
 
@@ -256,11 +258,18 @@ def chapters_in(folder: Path) -> list[Path]:
     return [folder / name for name in NAMES if (folder / name).is_file()]
 
 
+def starting(names: Iterable[str], chapter: str) -> list[str]:
+    """Return the file names that start so; of 02 and 02b, "02" stands for the first alone."""
+    names = list(names)
+    exact = [name for name in names if name.partition("_")[0] == chapter]
+    return exact or [name for name in names if name.startswith(chapter)]
+
+
 def chosen(folder: Path, chapters: list[str]) -> list[Path]:
     """Return the chapters of a folder whose names start as `chapters` say; none says: every one.
 
     In a folder without a chapter of the workbook, every notebook counts whose name has their form:
-    two digits, then words in lowercase.
+    two digits, perhaps a letter, then words in lowercase.
 
     Raises:
         FileNotFoundError: if the folder holds none of them, or a start fits none.
@@ -269,11 +278,14 @@ def chosen(folder: Path, chapters: list[str]) -> list[Path]:
     every = chapters_in(folder) or [path for path in others if path.is_file()]
     if not every:
         raise FileNotFoundError(f"no notebook in {folder.resolve()}; --folder says where they are")
+    names, wanted = [path.name for path in every], set()
     for chapter in chapters:
-        if not any(path.name.startswith(chapter) for path in every):
-            names = ", ".join(path.name for path in every)
-            raise FileNotFoundError(f"no notebook starts with {chapter!r}; there are {names}")
-    return [path for path in every if path.name.startswith(tuple(chapters) or "")]
+        found = starting(names, chapter)
+        if not found:
+            listed = ", ".join(names)
+            raise FileNotFoundError(f"no notebook starts with {chapter!r}; there are {listed}")
+        wanted.update(found)
+    return [path for path in every if not chapters or path.name in wanted]
 
 
 def refresh_folder(folder: Path, chapters: list[str]) -> int:

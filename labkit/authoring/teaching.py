@@ -124,21 +124,21 @@ def times(record: dict) -> str:
             its seconds.
 
     Raises:
-        GuideError: if a chapter with exercises has no record, or a part of it is missing.
+        GuideError: if a notebook has no record, or a part of it is missing.
     """
     chapters: dict[str, list[Exercise]] = {}
     for exercise in registry().values():
         chapters.setdefault(exercise.id.split(".")[0], []).append(exercise)
     try:
-        known = {n: of for n, of in record["notebooks"].items() if n in notebooks.NAMES}
-        found = {str(int(name[:2])): (name, of) for name, of in known.items()}
-        if missing := chapters.keys() - found.keys():
+        if missing := [name for name in notebooks.NAMES if name not in record["notebooks"]]:
             raise GuideError(
-                f"the record of times lacks chapter {', '.join(sorted(missing))}: run "
-                f"{record['command']}"
+                f"the record of times lacks {', '.join(missing)}: run {record['command']}"
             )
-        rows = [_times_row(number, *found[number], chapters[number]) for number in sorted(chapters)]
-        rows.append(_times_total([of for _, of in found.values()]))
+        found: dict[str, dict[str, dict]] = {}  # by chapter, which may have two notebooks
+        for name in notebooks.NAMES:
+            found.setdefault(str(int(name[:2])), {})[name] = record["notebooks"][name]
+        rows = [_times_row(number, found[number], inside) for number, inside in chapters.items()]
+        rows.append(_times_total([of for parts in found.values() for of in parts.values()]))
         machine = f"{record['machine']['cpu']}, {record['machine']['physical cores']} cores"
         said = f"Measured on {machine}, on {record['date']}, by `{record['command']}`."
     except (KeyError, TypeError, ValueError) as error:
@@ -147,13 +147,16 @@ def times(record: dict) -> str:
     return f"{table(head, rows, 'lrrrl')}\n\n{said} Another machine takes another time."
 
 
-def _times_row(number: str, name: str, of: dict, inside: Iterable[Exercise]) -> tuple[str, ...]:
+def _times_row(number: str, parts: dict[str, dict], inside: Iterable[Exercise]) -> tuple[str, ...]:
     slowest = ""
-    if of["slowest"]:
-        line, seconds = of["slowest"][0]
+    if every := [tuple(pair) for of in parts.values() for pair in of["slowest"]]:
+        line, seconds = max(every, key=lambda pair: pair[1])
         shown = line if len(line) <= _SHOWN_SIGNS else line[: _SHOWN_SIGNS - 1].rstrip() + "…"
         slowest = f"{shown} ({seconds:.0f} s)"
-    return f"{number} ({name})", *_sums(inside), *_cost(of["seconds"], of["peak_nbytes"]), slowest
+    cost = _cost(
+        sum(of["seconds"] for of in parts.values()), max(of["peak_nbytes"] for of in parts.values())
+    )
+    return f"{number} ({', '.join(parts)})", *_sums(inside), *cost, slowest
 
 
 def _times_total(every: list[dict]) -> tuple[str, ...]:
