@@ -1,4 +1,4 @@
-"""What chapters 2 and 2b write out for themselves, held against labkit, gguf and the definitions."""
+"""What chapters 2b and 2c write out for themselves, held against labkit, gguf and definitions."""
 
 import copy
 import dataclasses
@@ -14,10 +14,10 @@ from notebook_rules import taught
 from labkit import microscaling, ptq, quant, rotations
 from labkit.authoring import four_bits, overfitting
 
-CHAPTER, SECOND_HALF = "02_ptq", "02b_formats_rotations"
+WEIGHTS, FORMATS = "02b_weights", "02c_formats_rotations"
 
 
-def taught_functions(*names: str, chapter: str = CHAPTER, **known) -> dict:
+def taught_functions(*names: str, chapter: str = WEIGHTS, **known) -> dict:
     space = {"torch": torch, "np": np, **vars(quant), **vars(microscaling), **known}
     space |= {"output_error": ptq.output_error}
     for name in names:
@@ -62,7 +62,7 @@ def test_blocks_of_the_chapter_are_those_of_the_formats(number_format):
     values = microscaling.FP4_VALUES
     grids = {"FP4": torch.cat([-values.flip(0), values[1:]])}
     names = "block_scales", "round_in_blocks"
-    rounded = taught_functions(*names, chapter=SECOND_HALF, GRIDS=grids)["round_in_blocks"]
+    rounded = taught_functions(*names, chapter=FORMATS, GRIDS=grids)["round_in_blocks"]
     arguments = {"MXFP4": (32, "E8M0"), "NVFP4": (16, "E4M3")}[number_format]
     expected = microscaling.round_to_blocks(w, number_format)
     torch.testing.assert_close(rounded(w, "FP4", *arguments), expected, rtol=1e-5, atol=0)
@@ -91,7 +91,7 @@ def test_even_is_torchaos_rule_and_higher_never_cuts():
 @given(st.integers(1, 4), st.floats(-3, 3), st.floats(1e-4, 10))
 def test_q4_k_is_read_by_gguf_as_we_read_it(rows, shift, scale):
     names = "q4_k", "from_q4_k", "q4_k_bytes"
-    functions = taught_functions(*names, chapter=SECOND_HALF)
+    functions = taught_functions(*names, chapter=FORMATS)
     w = torch.randn(rows, 512, generator=torch.Generator().manual_seed(rows)) * scale + shift
     w[0, :32] = 0
     parts = functions["q4_k"](w)

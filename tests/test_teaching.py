@@ -89,7 +89,7 @@ def made_up_record() -> dict:
 
 def test_times_adds_up():
     record = made_up_record()
-    for name in ("02_ptq.ipynb", "02b_formats_rotations.ipynb"):
+    for name in ("02_ptq.ipynb", "02b_weights.ipynb", "02c_formats_rotations.ipynb"):
         record["notebooks"][name] |= {"seconds": 61, "peak_nbytes": 3.2e9, "slowest": []}
     record["notebooks"]["03_qat.ipynb"] |= {"slowest": [["x" * 41, 1.6], ["y", 1]]}
     lines = teaching.times(record).splitlines()
@@ -98,11 +98,11 @@ def test_times_adds_up():
         f"| 1 (01\\_basics.ipynb) | {len(inside)}, {sum(inside)} min | 2:00 | 2.6 | "
         "a \\| b (14 s) |"
     )
-    assert lines[3].startswith("| 2 (02\\_ptq.ipynb, 02b\\_formats\\_rotations.ipynb) |")
-    assert lines[3].endswith("| 2:02 | 3.2 |  |")
+    assert lines[3].startswith("| 2 (02\\_ptq.ipynb, 02b\\_weights.ipynb, 02c")
+    assert lines[3].endswith("| 3:03 | 3.2 |  |")
     assert lines[4].endswith(f"| {'x' * 39}… (2 s) |")
     total = f"{len(EXERCISES)}, {sum(e.minutes for e in EXERCISES)} min"
-    assert lines[2 + len(CHAPTERS)] == f"| all | {total} | 14:00 | at most 3.2 |  |"
+    assert lines[2 + len(CHAPTERS)] == f"| all | {total} | 15:01 | at most 3.2 |  |"
     for said in ("Some CPU", "2 cores", "2026-11-26", "Another machine"):
         assert said in lines[-1]
 

@@ -19,7 +19,8 @@ from labkit.authoring import folding
 NAMES = (
     "01_basics.ipynb",
     "02_ptq.ipynb",
-    "02b_formats_rotations.ipynb",
+    "02b_weights.ipynb",
+    "02c_formats_rotations.ipynb",
     "03_qat.ipynb",
     "04_mixed_precision.ipynb",
     "05_hardware.ipynb",
