@@ -25,7 +25,6 @@ from labkit.authoring.exercise_cells import (
     folds_of,
     solution_of,
 )
-from labkit.authoring.learner import full_name
 from labkit.authoring.notebooks import NAMES
 from labkit.exercises import Exercise, registry, verdict
 
@@ -566,13 +565,28 @@ def test_bad_calls_of_check(arguments, error, fragment):
 
 
 def cells_of(exercise: Exercise) -> Cells:
-    return chapter_exercises(exercise.id.split(".")[0])[exercise.id]
+    return notebook_of(exercise.id)[1]
 
 
 @functools.cache
-def chapter_exercises(chapter: str) -> dict[str, Cells]:
-    path = NOTEBOOKS / full_name(f"{int(chapter):02d}")
-    return exercises_of(nbformat.read(path, as_version=4))
+def notebook_of(id: str) -> tuple[nbformat.NotebookNode, Cells]:
+    """Return the notebook that holds an exercise, and the cells of the exercise."""
+    for name in NAMES:
+        notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
+        if found := exercises_of(notebook).get(id):
+            return notebook, found
+    raise AssertionError(f"no notebook holds exercise {id}")
+
+
+def imported_before(exercise: Exercise) -> dict:
+    """Return what the notebook has imported when a learner comes to the exercise."""
+    notebook, cells = notebook_of(exercise.id)
+    before = notebook.cells[: notebook.cells.index(cells.stub)]
+    trees = [ast.parse(cell.source) for cell in before if cell.cell_type == "code"]
+    imports = [n for tree in trees for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+    namespace = {}
+    exec(compile(ast.Module(imports, []), "<imports of a notebook>", "exec"), namespace)
+    return namespace
 
 
 def definitions(source: str) -> dict[str, ast.FunctionDef]:
@@ -587,7 +601,9 @@ def body_of(function: ast.FunctionDef) -> list[str]:
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_chapter_and_registry_have_the_same_exercises(chapter):
     registered = [e for e in EXERCISES if e.id.split(".")[0] == chapter]
-    assert list(chapter_exercises(chapter)) == [e.id for e in registered]
+    paths = [NOTEBOOKS / name for name in NAMES if name.startswith(f"0{chapter}")]
+    notebooks = (nbformat.read(path, as_version=4) for path in paths)
+    assert [id for one in notebooks for id in exercises_of(one)] == [e.id for e in registered]
     assert 4 <= len(registered) <= 6
     assert any(e.broken for e in registered), "no bug hunt"
 
@@ -628,10 +644,11 @@ def test_notebook_cells(exercise: Exercise):
 @each_exercise
 def test_folded_solution_passes(exercise: Exercise):
     _, stub_cell, _, folded = (cell.source for cell in cells_of(exercise))
-    namespace = run(stub_cell)
+    namespace = imported_before(exercise)
+    exec(stub_cell, namespace)
     before = verdict(exercise.id, *(namespace[name] for name in exercise.function_names))
     assert before.status == "not attempted"
-    namespace = run(solution_of(folded), namespace)
+    exec(solution_of(folded), namespace)
     after = verdict(exercise.id, *(namespace[name] for name in exercise.function_names))
     assert after == exercises.Verdict("correct", exercise.takeaway)
 

@@ -72,6 +72,23 @@ def subnormals_halved(pattern):
     return _fp16(pattern, lowest=0)
 
 
+def subnormals_with_implicit_one(pattern):
+    """Keeps the implicit 1 where the exponent is 1 − 15."""
+    sign, fraction = -1.0 if pattern >> 15 else 1.0, pattern & 1023
+    return _fp16(pattern) if pattern >> 10 & 31 else sign * (1 + fraction / 1024) * 2.0**-14
+
+
+def subnormals_as_zero(pattern):
+    """Takes every pattern with exponent field 0 for a zero."""
+    return _fp16(pattern) if pattern >> 10 & 31 else _fp16(pattern & 0x8000)
+
+
+def exponent_unmasked(pattern):
+    """Leaves the sign bit above the exponent."""
+    sign, exponent, fraction = -1.0 if pattern >> 15 else 1.0, pattern >> 10, pattern & 1023
+    return sign * (1 + fraction / 1024) * 2.0 ** (exponent - 15) if sign < 0 else _fp16(pattern)
+
+
 def exponent_31_as_normal(pattern):
     """Treats exponent field 31 like any other."""
     return _fp16(pattern, specials=False)
@@ -116,6 +133,9 @@ _WRONG = (
     (no_implicit_one, "the fraction of a normal number has an implicit 1 in front of it"),
     (subnormals_as_normal, "exponent field 0 marks zero and the subnormals, without implicit 1"),
     (subnormals_halved, "the exponent of a subnormal is 1 − 15 = −14, not 0 − 15"),
+    (subnormals_with_implicit_one, "a subnormal has no implicit 1, only its fraction"),
+    (subnormals_as_zero, "exponent field 0 with a fraction is a subnormal, not zero"),
+    (exponent_unmasked, "mask the exponent with & 31: after >> 10 the sign bit is still there"),
     (exponent_31_as_normal, "exponent field 31 marks infinity and NaN, not ordinary numbers"),
     (nan_as_infinity, "exponent field 31 is an infinity only when the fraction is 0, else NaN"),
     (infinity_as_nan, "exponent field 31 is NaN only when the fraction is not 0, else an infinity"),

@@ -3,6 +3,7 @@
 The reference is torch's own `fake_quantize_per_tensor_affine`; either side of a tie will do.
 """
 
+import functools
 import math
 
 import torch
@@ -19,6 +20,7 @@ def _check(function) -> None:
         ([[3.0, 1.0], [0.2, -0.5]], 4),
     )
     small += ([2.0, 3.0, 2.5], 4), ([0.0, 0.0, 0.0], 8), ([[0.0, 0.0], [0.0, 0.0]], 4)
+    small += (([1e-12, -3e-12, 5e-13], 4),)
     cases = [(torch.tensor(x, dtype=torch.float32), bits) for x, bits in small]
     shapes = (
         (2, (9,)),
@@ -32,7 +34,7 @@ def _check(function) -> None:
     for bits, shape in shapes:
         x = torch.randn(shape, generator=random, dtype=torch.float32)
         cases += [(x * 10.0 ** (bits - 5), bits), (x * 1e-12, bits)]
-    judge("symmetric_fake_quantize", function, cases, _examine, _WRONG)
+    judge("symmetric_fake_quantize", function, cases, _examine, (*_WRONG, *_OTHER_FORMS))
 
 
 def _examine(x, bits, got) -> str | None:
@@ -154,10 +156,17 @@ def scale_a_row(x, bits):
     return _to_grid(x, largest / limit, -limit, limit)
 
 
-def floored_scale(x, bits):
+def floored_scale(x, bits, least=1e-8):
     """Keeps the scale above a floor that small tensors lie below."""
     limit = 2 ** (bits - 1) - 1
-    return _to_grid(x, (x.abs().max() / limit).clamp(min=1e-8), -limit, limit)
+    return _to_grid(x, (x.abs().max() / limit).clamp(min=least), -limit, limit)
+
+
+def brackets_forgotten(x, bits, clip=False, least=-math.inf):
+    """Divides by 2^(b−1) and then subtracts 1 from the scale."""
+    limit = 2 ** (bits - 1) - 1 if clip else math.inf
+    scale = (x.abs().max() / 2 ** (bits - 1) - 1).clamp(min=least)
+    return _to_grid(x, scale, -limit, limit)
 
 
 _WRONG = (
@@ -181,11 +190,34 @@ _WRONG = (
     (min_to_max, "a symmetric grid is centered on 0; this one is laid from min x to max x"),
     (asymmetric_with_zero, "this grid has a zero point; a symmetric one reaches equally far"),
     (scale_a_row, "this is one scale a row; the whole tensor shares one"),
-    (floored_scale, "a floor under the scale wipes out small tensors: guard against 0 alone"),
+    (
+        floored_scale,
+        "a floor under the scale changes tensors whose scale lies below it (the rows of Exercise "
+        "1.3 lie above its 1e-8): guard against 0 alone",
+    ),
+    (
+        brackets_forgotten,
+        "brackets forgotten: max |x| / 2 ** (bits - 1) - 1 subtracts 1 from the scale",
+    ),
     (
         multiplied_first,
         "codes are x divided by the scale, and come back times the scale; this turns it round",
     ),
+)
+_MESSAGES = dict(_WRONG)
+_OTHER_FORMS = tuple(
+    (functools.partial(function, **options), _MESSAGES[function])
+    for function, options in (
+        (brackets_forgotten, {"clip": True}),
+        (brackets_forgotten, {"least": 1e-30}),
+        (brackets_forgotten, {"clip": True, "least": 1e-30}),
+        (brackets_forgotten, {"clip": True, "least": 1e-8}),
+        (brackets_forgotten, {"least": 1e-8}),
+        (floored_scale, {"least": 1e-5}),
+        (floored_scale, {"least": 1e-6}),
+        (floored_scale, {"least": 1e-10}),
+        (floored_scale, {"least": 1e-12}),
+    )
 )
 
 

@@ -3,6 +3,8 @@
 The references are torch's `PerChannelMinMaxObserver` and, for the codes, the definition in float64.
 """
 
+import functools
+
 import torch
 
 from labkit.exercises.judge import Exercise, Wrong, insist_on_dtype, judge, kind, misfit, show
@@ -30,7 +32,7 @@ def _check(function) -> None:
         w *= torch.logspace(-2, 1, shape[0], dtype=torch.float32)[:, None]
         w[0], w[1, ::3] = w[0].abs() + 1, 0
         cases.append((w, bits))
-    judge("quantize_rows", function, cases, _examine, _WRONG)
+    judge("quantize_rows", function, cases, _examine, (*_WRONG, *_OTHER_FORMS))
 
 
 def _examine(w, bits, got) -> str | None:
@@ -73,10 +75,10 @@ def _examine(w, bits, got) -> str | None:
     return None
 
 
-def _rows(w, bits, zero=True, clip_first=True, steps=True, dim=1):
+def _rows(w, bits, zero="both", clip_first=True, steps=True, dim=1):
     low, high = w.amin(dim, keepdim=True), w.amax(dim, keepdim=True)
-    if zero:
-        low, high = low.clamp(max=0), high.clamp(min=0)
+    low = low.clamp(max=0) if zero in ("both", "low") else low
+    high = high.clamp(min=0) if zero in ("both", "high") else high
     top = 2**bits - 1
     scale = ((high - low) / (top if steps else 2**bits)).clamp(min=1e-8)
     zero_point = (-low / scale).round().clamp(0, top)
@@ -92,17 +94,27 @@ def only_zero_mended(w, bits):
 
 def only_clip_mended(w, bits):
     """Clips before casting; the range leaves out zero and the scale is divided by 2^b as before."""
-    return _rows(w, bits, zero=False, steps=False)
+    return _rows(w, bits, zero=None, steps=False)
 
 
 def only_steps_mended(w, bits):
     """Divides by 2^b − 1; the range leaves out zero and the cast comes first as before."""
-    return _rows(w, bits, zero=False, clip_first=False)
+    return _rows(w, bits, zero=None, clip_first=False)
 
 
 def zero_still_outside(w, bits):
     """Mends all but the range, which still leaves out zero."""
-    return _rows(w, bits, zero=False)
+    return _rows(w, bits, zero=None)
+
+
+def high_below_zero(w, bits):
+    """Mends all but the upper end of the range, which lies below 0 in an all-negative row."""
+    return _rows(w, bits, zero="low")
+
+
+def low_above_zero(w, bits):
+    """Mends all but the lower end of the range, which lies above 0 in an all-positive row."""
+    return _rows(w, bits, zero="high")
 
 
 def still_wrapping(w, bits):
@@ -148,7 +160,9 @@ def zero_point_unclipped(w, bits):
 
 
 _WRONG = (
-    (zero_still_outside, "one bug left, in the range: zero has no code in an all-positive row"),
+    (high_below_zero, "hold high at 0 or above: zero has no code in an all-negative row"),
+    (low_above_zero, "hold low at 0 or below: zero has no code in an all-positive row"),
+    (zero_still_outside, "one bug left, in the range: where all signs agree, zero has no code"),
     (still_wrapping, "one bug left, in a cast: a uint8 cannot hold 256, it wraps before the clip"),
     (still_one_step_too_many, "one bug left, in the scale: 2^b codes have 2^b − 1 steps"),
     (only_zero_mended, "zero is in the range now; the number of steps and a cast are still wrong"),
@@ -159,6 +173,19 @@ _WRONG = (
     (zero_point_unrounded, "a zero point is an integer, so round it and add the rounded one"),
     (zero_point_cut_off, "round the zero point to the nearest integer; this one is cut off"),
     (zero_point_unclipped, "a zero point is itself a code, so it must fit in 0 … 2^b − 1"),
+)
+_MESSAGES = dict(_WRONG)
+_OTHER_FORMS = (
+    (broken_quantize_rows, "all three bugs are still there"),
+    *(
+        (functools.partial(_rows, zero=zero, clip_first=clip_first, steps=steps), message)
+        for zero in ("low", "high")  # one end of the range is mended
+        for clip_first, steps, message in (
+            (True, False, _MESSAGES[only_clip_mended]),
+            (False, True, _MESSAGES[only_steps_mended]),
+            (False, False, "one end of the range is mended, but nothing else"),
+        )
+    ),
 )
 
 

@@ -24,6 +24,8 @@ def _examine(rows, columns, bits, group_size, got) -> str | None:
     if not isinstance(got, int | float | np.number) or isinstance(got, bool):
         return f"{written} returns {kind(got)}, expected an int"
     if got != expected:
+        if isinstance(got, float) and got.is_integer():
+            got = int(got)
         return f"{written} gives {show(got)}, expected {expected}"
     if not isinstance(got, int | np.integer):
         return f"{written} returns {kind(got)} ({got}), expected an int: divide with //, not /"
@@ -53,6 +55,27 @@ def byte_per_code(rows, columns, bits, group_size):
 def scale_per_row(rows, columns, bits, group_size):
     """Stores one scale and zero point per row, whatever the group size."""
     return rows * columns * bits // 8 + 3 * rows
+
+
+def one_grid_in_all(rows, columns, bits, group_size):
+    """Stores one scale and one zero point for the whole file."""
+    return rows * columns * bits // 8 + 3
+
+
+def bytes_a_code_cut_off(rows, columns, bits, group_size):
+    """Rounds half a byte down to none."""
+    return rows * columns * (bits // 8) + 3 * rows * columns // group_size
+
+
+def few_bit_zero_points(rows, columns, bits, group_size):
+    """Stores zero points in as few bits as codes."""
+    groups = rows * columns // group_size
+    return rows * columns * bits // 8 + 2 * groups + groups * bits // 8
+
+
+def float16_zero_points(rows, columns, bits, group_size):
+    """Stores zero points in two bytes, as the scales."""
+    return rows * columns * bits // 8 + 4 * rows * columns // group_size
 
 
 def one_row_of_scales(rows, columns, bits, group_size):
@@ -85,6 +108,10 @@ _WRONG = (
     (zero_points_forgotten, "an asymmetric grid needs its zero points, one byte a group"),
     (codes_alone, "codes alone cannot be read back; each group also stores scale and zero point"),
     (byte_per_code, "packed 4-bit codes lie two to a byte"),
+    (one_grid_in_all, "one grid for the whole file is too coarse here: each group stores its own"),
+    (bytes_a_code_cut_off, "for 4 bits, bits // 8 is 0: multiply first and divide last"),
+    (few_bit_zero_points, "only codes are packed: a zero point takes a whole byte, at 4 bits too"),
+    (float16_zero_points, "a uint8 zero point takes one byte, only the scale takes two"),
     (scale_per_row, "a scale and a zero point are stored per group, not per row"),
     (one_row_of_scales, "every row has columns / group_size groups; these are one row's"),
     (groups_down_columns, "a group runs along a row; these run down the columns"),

@@ -4,6 +4,7 @@ The reference decodes what comes back with numpy, from the sixteen values of E2M
 with the nearest that the format can hold under the scale that OCP MX 1.0 asks for.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -37,6 +38,15 @@ def _check(function) -> None:
             w[1] = 0
         cases.append((w,))
     judge("pack_mxfp4", function, cases, _examine, _WRONG)
+    judge("pack_mxfp4", function, _tiny_cases(), _examine, (*_WRONG, *_OTHER_FLOORS))
+
+
+def _tiny_cases():
+    # Only here do the bounds of the exponent matter, and FP32 is subnormal.
+    for exponent in (-126, -125, -130, -124):
+        block = torch.zeros(1, 32, dtype=torch.float64)
+        block[0, :4] = torch.tensor([1.75, -0.75, 0.5, -1.0]) * 2.0**exponent
+        yield (block.float(),)
 
 
 def _examine(blocks, got) -> str | None:
@@ -77,15 +87,22 @@ def _examine_block(row, byte: int, pairs) -> str | None:
 
 
 def _pack(blocks, rule=None, emax=2, bias=127, values=_VALUES, invert=False, sign=True, wrap=False):
+    exponent = _exponent(blocks, rule, emax).clamp(-127, 127)
+    return _with_exponent(blocks, exponent, bias, values, invert, sign, wrap)
+
+
+def _exponent(blocks, rule=None, emax=2):
     largest = blocks.double().abs().amax(1)
-    exponent = (rule or _floor)(largest) - emax
-    exponent = torch.where(largest > 0, exponent, -127.0).clamp(-127, 127)
+    return torch.where(largest > 0, (rule or _floor)(largest) - emax, -127.0)
+
+
+def _with_exponent(blocks, exponent, bias=127, values=_VALUES, invert=False, sign=True, wrap=False):
     scaled = blocks.double() * 2.0 ** (exponent if invert else -exponent)[:, None]
     codes = (scaled.abs()[..., None] - torch.from_numpy(values)).abs().argmin(-1)
     if wrap:  # saturation forgotten: 7 and more runs into the sign bit
         codes = torch.where(scaled.abs() >= 7, 8, codes)
     codes = (codes + 8 * ((scaled < 0) & sign)) % 16
-    return (exponent + bias).clamp(0, 255).to(torch.uint8), codes.to(torch.uint8)
+    return ((exponent + bias).int() % 256).to(torch.uint8), codes.to(torch.uint8)
 
 
 def _floor(largest):
@@ -155,6 +172,16 @@ def exponent_of_largest_x(blocks):
 def multiplied_by_the_scale(blocks):
     """Multiplies by 2^exponent to find the codes."""
     return _packed(blocks, invert=True)
+
+
+def six_rounded_up(blocks):
+    """Takes the smallest power of two that brings the largest number to 6 or less (RCEIL)."""
+    return _packed(blocks, rule=lambda largest: torch.log2(largest / 6).ceil(), emax=0)
+
+
+def six_rounded_down(blocks):
+    """Takes the floor of log2 of a sixth of the largest number."""
+    return _packed(blocks, rule=lambda largest: torch.log2(largest / 6).floor(), emax=0)
 
 
 def exponent_to_nearest(blocks):
@@ -229,6 +256,23 @@ def always_down(blocks):
     return scale, _pairs((below + 8 * (blocks < 0)).byte())
 
 
+def exponent_unbounded(blocks):
+    """Does not clamp the exponent, so that the byte of a tiny block wraps around."""
+    scale, codes = _with_exponent(blocks, _exponent(blocks))
+    return scale, _pairs(codes)
+
+
+def exponent_from_minus_126(blocks):
+    """Clamps the exponent at −126, the smallest of normal FP32 numbers."""
+    scale, codes = _with_exponent(blocks, _exponent(blocks).clamp(min=-126))
+    return scale, _pairs(codes)
+
+
+def floored_largest(blocks, least=1e-12):
+    """Keeps the largest number above a floor that tiny blocks lie below."""
+    return _packed(blocks, rule=lambda largest: _floor(largest.clamp(min=least)))
+
+
 def scale_of_all_blocks(blocks):
     """Takes one scale for all blocks."""
     both = _pack(blocks.reshape(1, -1))
@@ -259,6 +303,11 @@ _WRONG = (
         multiplied_by_the_scale,
         "the numbers are divided by 2^exponent; this multiplies them",
     ),
+    (
+        six_rounded_up,
+        "this rounds max |x| / 6 up to a power of two; MX takes the floor of log2, less 2",
+    ),
+    (six_rounded_down, "take log2 of max |x| itself and subtract 2, not log2 of max |x| / 6"),
     (exponent_to_nearest, "the exponent is the floor of log2, not the nearest integer"),
     (
         scale_to_six,
@@ -277,6 +326,16 @@ _WRONG = (
     (no_saturation, "what lies beyond 6 saturates: it becomes 6, never another code"),
     (always_down, "take the nearest value, not the next one below"),
     (scale_of_all_blocks, "each block of 32 has a scale of its own"),
+    (exponent_unbounded, "once 2 is subtracted, clamp the exponent at −127, or the byte wraps"),
+    (exponent_from_minus_126, "the exponent may go down to −127, byte 0, not only to −126"),
+    (
+        floored_largest,
+        "a floor under max |x| changes the scale of tiny blocks: clamp the exponent at −127",
+    ),
+)
+_OTHER_FLOORS = tuple(
+    (functools.partial(floored_largest, least=least), _WRONG[-1][1])
+    for least in (2**-23, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-15, 1e-20, 1e-30)
 )
 
 
@@ -298,12 +357,12 @@ def pack_block_by_block(blocks):
 def pack_by_borders(blocks):
     """Finds codes by the borders between neighbors; a block of zeros gets the scale 1."""
     largest = blocks.abs().amax(1)
-    exponent = torch.frexp(largest.where(largest > 0, 4.0)).exponent - 3
+    exponent = (torch.frexp(largest.where(largest > 0, 4.0)).exponent - 3).clamp(min=-127)
     borders = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], dtype=torch.float32)
     codes = torch.bucketize(torch.ldexp(blocks, -exponent[:, None]).abs(), borders)
     codes = (codes | (blocks < 0).int() << 3).view(-1, 16, 2)
     packed = (codes * torch.tensor([1, 16])).sum(-1)
-    return (exponent.clamp(min=-127) + 127).to(torch.uint8), packed.to(torch.uint8)
+    return (exponent + 127).to(torch.uint8), packed.to(torch.uint8)
 
 
 EXERCISE = Exercise(

@@ -3,6 +3,7 @@
 The reference is torch's own `MinMaxObserver`.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -21,7 +22,7 @@ def _check(function) -> None:
             form = {"generator": random, "dtype": torch.float32}
             draws = [torch.randn(shape, **form) for shape in shapes]
             cases.append(([draw * (1 + i % 3) + shift for i, draw in enumerate(draws)],))
-    judge("calibrate", function, cases, _examine, _WRONG)
+    judge("calibrate", function, cases, _examine, (*_WRONG, *_OTHER_FORMS))
 
 
 def _examine(batches, got) -> str | None:
@@ -30,6 +31,8 @@ def _examine(batches, got) -> str | None:
     if not isinstance(got, tuple | list) or len(got) != 2:
         return f"calibrate returns {kind(got)}, expected the pair (scale, zero_point)"
     scale, zero_point = got
+    if type(scale) in (int, np.int64) and isinstance(zero_point, float):
+        return f"for {of} calibrate returns (an int, a float), expected (a float, an int)"
     if not isinstance(scale, float | np.floating):
         raise Wrong(f"for {of} the scale is {kind(scale)}, expected a float (tensors have .item())")
     if isinstance(zero_point, bool) or not isinstance(zero_point, int | np.integer):
@@ -70,6 +73,48 @@ def average_of_extremes(batches):
     """Averages the minima and the maxima: no longer a bound."""
     lows, highs = [b.min().item() for b in batches], [b.max().item() for b in batches]
     return _grid(sum(lows) / len(lows), sum(highs) / len(highs))
+
+
+def low_always_zero(batches):
+    """Lets the grid begin at 0, as after a ReLU."""
+    return max(0.0, *(b.max().item() for b in batches)) / 255, 0
+
+
+def percentiles(batches, share=0.01):
+    """Cuts off a share of the values at each end."""
+    values = torch.cat([batch.reshape(-1) for batch in batches]).double()
+    return _grid(values.quantile(share), values.quantile(1 - share))
+
+
+def moving_average(batches, old=0.9, start=None):
+    """Keeps a moving average of the minima and maxima."""
+    low, high = (batches[0].min(), batches[0].max()) if start is None else (start, start)
+    for batch in batches[start is None :]:
+        low, high = old * low + (1 - old) * batch.min(), old * high + (1 - old) * batch.max()
+    return _grid(low, high)
+
+
+def mean_of_scales(batches):
+    """Averages the scales of the batches' own grids, and their zero points."""
+    grids = [_grid(batch.min(), batch.max()) for batch in batches]
+    scale, zero_point = (sum(part) / len(grids) for part in zip(*grids, strict=True))
+    return scale, round(zero_point)
+
+
+def mean_scale_of_common_range(batches):
+    """Averages the scales of the batches, and takes the zero point from the range of all."""
+    scale, _ = mean_of_scales(batches)
+    return scale, round(-min(0.0, *(b.min().item() for b in batches)) / scale)
+
+
+def zero_point_first(batches):
+    """Returns the zero point before the scale."""
+    return _grid(min(b.min() for b in batches), max(b.max() for b in batches))[::-1]
+
+
+def widest_batch(batches):
+    """Takes the grid of the batch whose scale is largest."""
+    return max(_grid(batch.min(), batch.max()) for batch in batches)
 
 
 def zero_left_out(batches):
@@ -131,9 +176,15 @@ def zero_point_clamped(batches):
 
 
 _WRONG = (
+    (zero_point_first, "the scale comes first, then the zero point"),
     (last_batch_only, "each batch overwrites the range of the ones before it"),
     (first_batch_only, "this is the range of the first batch; later ones reach further"),
     (average_of_extremes, "an average of minima and maxima bounds nothing: larger values clip"),
+    (low_always_zero, "a grid from 0 is for after a ReLU: here, negative values would clip"),
+    (percentiles, "percentiles leave out the extreme values; this grid reaches all of them"),
+    (moving_average, "a moving average of the extremes lags behind them: larger values clip"),
+    (mean_of_scales, "a mean of scales is too small for the widest batch: take one range of all"),
+    (widest_batch, "the batch with the largest scale does not hold both ends of the range of all"),
     (zero_left_out, "zero must be a grid point even if no batch holds it: padding needs it"),
     (zero_point_clamped, "a zero point that had to be clamped moves the whole grid off the data"),
     (range_of_means, "batch means lie well inside the data; the range needs the extreme values"),
@@ -150,6 +201,19 @@ _WRONG = (
         "max |x| / 127 with zero point 0 is the grid of signed codes; here they run from 0 to 255",
     ),
     (zero_point_sign, "low + zero_point · scale must be 0, so the zero point is −low / scale"),
+)
+_MESSAGES = dict(_WRONG)
+_OTHER_FORMS = (
+    (mean_scale_of_common_range, _MESSAGES[mean_of_scales]),
+    *(
+        (functools.partial(percentiles, share=share), _MESSAGES[percentiles])
+        for share in (0.0001, 0.0005, 0.001, 0.005, 0.02, 0.025, 0.05)
+    ),
+    *(
+        (functools.partial(moving_average, old=old, start=start), _MESSAGES[moving_average])
+        for old in (0.9, 0.99, 0.1, 0.5, 0.8)
+        for start in (None, 0.0)
+    ),
 )
 
 

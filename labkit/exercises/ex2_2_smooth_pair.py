@@ -15,12 +15,16 @@ def _check(function) -> None:
     cases = [(x, torch.tensor([[2.0, 4.0]]), torch.tensor([[0.5, -9.0]]), 0.5)]
     cases += [(x, torch.tensor([[2.0, 0.0]]), torch.tensor([[-0.5, 0.0]]), 0.75)]
     cases += [(torch.tensor([[0.0, 3.0]]), torch.tensor([[1.0, 2]]), torch.tensor([[4.0, 1]]), 1.0)]
-    for tokens, inputs, rows, alpha in ((6, 4, 4, 0.5), (9, 16, 3, 0.8), (40, 32, 24, 0.3)):
+    for tokens, inputs, *rows, alpha in (
+        *((2, 2, 1, 1, alpha) for alpha in (0.25, 0.6, 0.9)),  # a wrong dimension fits here as well
+        *((6, 4, 4, 6, 0.5), (9, 16, 3, 5, 0.8), (40, 32, 24, 26, 0.3)),
+    ):
         x = torch.randn(tokens, inputs, generator=random)
         x[:, 1] *= 60
-        weights = (torch.randn(n, inputs, generator=random) for n in (rows, rows + 2))
+        weights = (torch.randn(n, inputs, generator=random) for n in rows)
         cases.append((x, *weights, alpha))
-    judge("smooth_pair", function, cases, _examine, _WRONG)
+    for part in (cases[:6], cases[6:]):
+        judge("smooth_pair", function, part, _examine, _WRONG)
 
 
 def _examine(x, first, second, alpha, got) -> str | None:
@@ -45,16 +49,43 @@ def _examine(x, first, second, alpha, got) -> str | None:
     return None
 
 
-def _smooth(x, first, second, alpha, peak=None, reach=None, floor=1e-5):
+def _smooth(x, first, second, alpha, peak=None, reach=None, floor=1e-5, factor=None):
     peak = x.abs().amax(0) if peak is None else peak
     reach = torch.cat([first, second]).abs().amax(0) if reach is None else reach
-    s = peak.clamp(min=floor) ** alpha / reach.clamp(min=floor) ** (1 - alpha)
+    factor = factor or (lambda peak, reach: peak**alpha / reach ** (1 - alpha))
+    s = factor(peak.clamp(min=floor), reach.clamp(min=floor))
     return x / s, first * s, second * s
 
 
 def weights_of_the_first_only(x, first, second, alpha):
     """Takes the reach of the first weight alone."""
     return _smooth(x, first, second, alpha, reach=first.abs().amax(0))
+
+
+def weights_of_the_second_only(x, first, second, alpha):
+    """Takes the reach of the second weight alone."""
+    return _smooth(x, first, second, alpha, reach=second.abs().amax(0))
+
+
+def reaches_added(x, first, second, alpha):
+    """Adds the reaches of the two weights."""
+    reach = first.abs().amax(0) + second.abs().amax(0)
+    return _smooth(x, first, second, alpha, reach=reach)
+
+
+def peak_of_each_token(x, first, second, alpha):
+    """Takes the maximum over the channels: a number for each token."""
+    return _smooth(x, first, second, alpha, peak=x.abs().amax(1))
+
+
+def peak_of_each_token_kept(x, first, second, alpha):
+    """Takes a peak for each token and keeps its dimension: a factor for each value of x."""
+    return _smooth(x, first, second, alpha, peak=x.abs().amax(1, keepdim=True))
+
+
+def reach_of_each_row(x, first, second, alpha):
+    """Takes the maximum over the channels of each row of the weights."""
+    return _smooth(x, first, second, alpha, reach=torch.cat([first, second]).abs().amax(1))
 
 
 def a_factor_for_each_weight(x, first, second, alpha):
@@ -66,6 +97,16 @@ def a_factor_for_each_weight(x, first, second, alpha):
 def alpha_swapped(x, first, second, alpha):
     """Exchanges alpha and 1 − alpha."""
     return _smooth(x, first, second, 1 - alpha)
+
+
+def alpha_on_both(x, first, second, alpha):
+    """Raises the quotient of the two maxima to alpha."""
+    return _smooth(x, first, second, alpha, factor=lambda p, r: (p / r) ** alpha)
+
+
+def reach_multiplied(x, first, second, alpha):
+    """Multiplies by the power of the weights."""
+    return _smooth(x, first, second, alpha, factor=lambda p, r: p**alpha * r ** (1 - alpha))
 
 
 def multiplied_instead(x, first, second, alpha):
@@ -98,9 +139,7 @@ def weights_divided_too(x, first, second, alpha):
 
 def minus_after_the_power(x, first, second, alpha):
     """Writes `reach ** 1 - alpha`, which subtracts alpha at the end."""
-    peak, reach = (t.abs().amax(0).clamp(min=1e-5) for t in (x, torch.cat([first, second])))
-    s = peak**alpha / reach - alpha
-    return x / s, first * s, second * s
+    return _smooth(x, first, second, alpha, factor=lambda p, r: p**alpha / r**1 - alpha)
 
 
 def dead_channel_divides(x, first, second, alpha):
@@ -110,8 +149,15 @@ def dead_channel_divides(x, first, second, alpha):
 
 _WRONG = (
     (weights_of_the_first_only, "the maximum runs over the rows of both weights"),
+    (weights_of_the_second_only, "the first weight counts too: the maximum runs over both"),
+    (reaches_added, "the maximum over both weights is the larger of the two, not their sum"),
+    (peak_of_each_token, "the peak of a channel runs over the tokens, which are dimension 0"),
+    (peak_of_each_token_kept, "one factor for each channel, not for each token too: amax(0)"),
+    (reach_of_each_row, "the maximum of a channel runs over the rows of a weight, dimension 0"),
     (a_factor_for_each_weight, "both layers read the same x, so they share one factor"),
     (alpha_swapped, "alpha is the exponent of the activations, 1 − alpha that of the weights"),
+    (alpha_on_both, "each maximum has its own exponent: (peak / reach) ** alpha gives both alpha"),
+    (reach_multiplied, "the power of the weights divides: peak ** alpha / reach ** (1 - alpha)"),
     (multiplied_instead, "the activations are divided and the weights multiplied"),
     (signed_maximum, "take the largest magnitude: a channel may peak below zero"),
     (mean_magnitude, "SmoothQuant takes the peak of a channel; the mean is AWQ's choice"),

@@ -7,6 +7,8 @@ import torch
 
 from labkit.exercises.judge import Exercise, Wrong, call, insist_on_dtype, judge, misfit, show
 
+_CODES = "these are the codes; multiply each by the scale of its row"
+
 
 def broken_compensate(weight, hessian, scale):
     """Round column by column; later columns make up for each error. Two bugs."""
@@ -30,6 +32,7 @@ def _check(function) -> None:
     cases += [(torch.tensor([[0.4, 1.142]]), hessian, torch.ones(1, 1))]  # 1.498 if damped again
     hessian = torch.tensor([[2.0, -1.0], [-1.0, 1.5]])
     cases += [(torch.tensor([[1.4, -1.235]]), hessian, torch.ones(1, 1))]
+    cases += [(weight, hessian, torch.ones(1, 1)) for weight, hessian in _telling()]
     for rows, inputs in ((2, 3), (4, 8), (8, 24), (16, 40)):
         x = torch.randn(4 * inputs, inputs, generator=random)
         x = x @ torch.randn(inputs, inputs, generator=random)
@@ -40,13 +43,24 @@ def _check(function) -> None:
     judge("compensate", function, cases, _examine, _WRONG)
 
 
+def _telling():
+    # What a factor of the wrong triangle, or an error of the original weight, alone get wrong.
+    yield torch.tensor([[0.4, 1.1]]), torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+    hessian = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 1.0], [0.0, 1.0, 2.0]])
+    yield torch.tensor([[0.4, 0.8, 0.7]]), hessian
+
+
 def _examine(weight, hessian, scale, got) -> str | None:
     written = call("compensate", weight, hessian, scale)
     insist_on_dtype(f"{written} returns", got, torch.float32, weight.shape)
     if complaint := misfit(got, torch.float32, weight.shape):
         return f"{written} returns {complaint}"
-    farthest = (got / scale).abs().max().item()
-    if farthest > 7.001:
+    whole = torch.equal(got, got.round())
+    if whole and 0 < got.abs().max() <= 7 and not torch.equal(scale, scale.round()):
+        raise Wrong(f"{_CODES}: {written} returns whole numbers, expected multiples of the scale")
+    steps = got / scale
+    farthest = steps.abs().max().item()
+    if farthest > 7.001 and torch.allclose(steps, steps.round(), atol=1e-3):
         reach = f"{written} uses the code {show(round(farthest, 2))}, expected −7 to 7"
         raise Wrong(f"codes end at 7, which costs a little error: {reach}")
     expected = compensate_by_definition(weight, hessian, scale)
@@ -77,51 +91,84 @@ def compensate_by_definition(weight, hessian, scale):
     return rounded.float()
 
 
-def _compensate(weight, hessian, scale, current=True, sign=1.0, spread=lambda h: h, whole=True):
-    left, rounded = weight.clone(), torch.zeros_like(weight)
-    factor = spread(hessian)
-    for j in range(weight.shape[1]):
-        column = left[:, j] if current else weight[:, j]
-        rounded[:, j] = (column / scale[:, 0]).round().clamp(-7, 7) * scale[:, 0]
-        error = (left[:, j] - rounded[:, j]) / (factor[j, j] if whole else 1)
-        left[:, j + 1 :] -= sign * torch.outer(error, factor[j, j + 1 :])
-    return rounded
-
-
 def _factor_of_inverse(hessian):
     return torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
 
 
+def _compensate(
+    weight, hessian, scale, spread=_factor_of_inverse, current=True, error_of=None, divided=True
+):
+    left, rounded = weight.clone(), torch.zeros_like(weight)
+    factor, minuend = spread(hessian), left if error_of is None else error_of
+    for j in range(weight.shape[1]):
+        column = left[:, j] if current else weight[:, j]
+        rounded[:, j] = (column / scale[:, 0]).round().clamp(-7, 7) * scale[:, 0]
+        error = (minuend[:, j] - rounded[:, j]) / (factor[j, j] if divided else 1)
+        left[:, j + 1 :] -= torch.outer(error, factor[j, j + 1 :])
+    return rounded
+
+
 def still_rounding_the_original(weight, hessian, scale):
     """Rounds the uncorrected column, or takes a lower factor: both are plain rounding."""
-    return _compensate(weight, hessian, scale, current=False, spread=_factor_of_inverse)
+    return _compensate(weight, hessian, scale, current=False)
 
 
 def still_the_hessian_itself(weight, hessian, scale):
     """Rounds the corrected column; still spreads by the factor of the Hessian."""
-    factor = torch.linalg.cholesky(hessian, upper=True)
-    return _compensate(weight, hessian, scale, spread=lambda h: factor)
+    return _compensate(weight, hessian, scale, lambda h: torch.linalg.cholesky(h, upper=True))
+
+
+def inverse_of_the_factor(weight, hessian, scale):
+    """Inverts the factor of the Hessian instead of factoring the inverse."""
+    return _compensate(
+        weight, hessian, scale, lambda h: torch.linalg.inv(torch.linalg.cholesky(h, upper=True))
+    )
 
 
 def damped_again(weight, hessian, scale):
     """Adds 1 % of the mean diagonal to a Hessian that is damped already."""
     more = 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
-    return _compensate(weight, hessian + more, scale, spread=_factor_of_inverse)
+    return _compensate(weight, hessian + more, scale)
 
 
 def spread_with_the_wrong_sign(weight, hessian, scale):
     """Adds the correction where it should be subtracted."""
-    return _compensate(weight, hessian, scale, sign=-1.0, spread=_factor_of_inverse)
+
+    def opposite(hessian):
+        factor = _factor_of_inverse(hessian)
+        return 2 * torch.diag(factor.diagonal()) - factor
+
+    return _compensate(weight, hessian, scale, opposite)
 
 
 def not_divided_by_the_diagonal(weight, hessian, scale):
     """Spreads the plain error, not the error over the diagonal entry."""
-    return _compensate(weight, hessian, scale, spread=_factor_of_inverse, whole=False)
+    return _compensate(weight, hessian, scale, divided=False)
+
+
+def error_of_the_original(weight, hessian, scale):
+    """Rounds the corrected column, and takes the error from the original one."""
+    return _compensate(weight, hessian, scale, error_of=weight)
 
 
 def inverse_without_its_factor(weight, hessian, scale):
     """Takes rows of the inverse itself, which still holds the columns already rounded."""
-    return _compensate(weight, hessian, scale, spread=torch.linalg.inv)
+    return _compensate(weight, hessian, scale, torch.linalg.inv)
+
+
+def codes_returned(weight, hessian, scale):
+    """Returns the codes, without their scale."""
+    return (_compensate(weight, hessian, scale) / scale).round()
+
+
+def left_returned(weight, hessian, scale):
+    """Returns the corrected columns, which are not rounded yet."""
+    rounded, left = _compensate(weight, hessian, scale), weight.clone()
+    factor = _factor_of_inverse(hessian)
+    for j in range(weight.shape[1]):
+        error = (left[:, j] - rounded[:, j]) / factor[j, j]
+        left[:, j + 1 :] -= torch.outer(error, factor[j, j + 1 :])
+    return left
 
 
 _WRONG = (
@@ -131,15 +178,22 @@ _WRONG = (
     ),
     (still_the_hessian_itself, "one bug left: errors spread by the factor of the inverse Hessian"),
     (damped_again, "the Hessian is damped already: do not damp it again"),
+    (
+        inverse_of_the_factor,
+        "the inverse of H's factor is not the factor of H's inverse: invert first, then factor",
+    ),
     (spread_with_the_wrong_sign, "the correction is subtracted; adding it doubles the error"),
     (
         not_divided_by_the_diagonal,
         "the error of a column is divided by the factor's diagonal entry",
     ),
+    (error_of_the_original, "the error is what rounding does to `left`, not to the original"),
     (
         inverse_without_its_factor,
         "the inverse still counts finished columns; take its Cholesky factor",
     ),
+    (codes_returned, _CODES),
+    (left_returned, "return `rounded`; `left` holds the corrected values before rounding"),
 )
 
 

@@ -16,6 +16,7 @@ _NEGATIVE = (-1.0, -0.696193, -0.525073, -0.394917, -0.284441, -0.184773, -0.091
 
 
 _SWAPPED = "the pair is swapped: the packed codes come first, then the scale"
+_ZERO_SCALE = "a block of zeros keeps the scale 0: guard the division, not the scale returned"
 NF4_LEVELS = torch.tensor((*_NEGATIVE, 0.0, *_POSITIVE))
 
 
@@ -50,14 +51,13 @@ def _examine(weight, levels, block_size, got) -> str | None:
     for name, value, form in zip(("packed", "scale"), got, wanted, strict=True):
         insist_on_dtype(f"for {of} in blocks of {block_size}, {name} is", value, *form)
         if complaint := misfit(value, *form):
-            return f"for {of} in blocks of {block_size}, {name} is {complaint}"
+            kept = isinstance(value, torch.Tensor) and value.shape == (*form[1], 1)
+            hint = ": squeeze its last dimension" if kept else ""
+            return f"for {of} in blocks of {block_size}, {name} is {complaint}{hint}"
     blocks = weight.double().numpy().reshape(rows, -1, block_size)
     true_scale, scale = np.abs(blocks).max(2), got[1].double().numpy()
-    same = np.isclose(scale, true_scale, rtol=1e-4, atol=1e-30)
-    if not same.all():
-        at = tuple(np.argwhere(~same)[0])
-        numbers = f"{show(float(scale[at]))}, expected {show(float(true_scale[at]))}"
-        return f"for {of} in blocks of {block_size}, the scale of block {at[1]} is {numbers}"
+    if complaint := _scale_misfit(scale, true_scale):
+        return f"for {of} in blocks of {block_size}, {complaint}"
     packed = got[0].numpy()
     codes = np.stack([packed % 16, packed // 16], axis=-1).reshape(blocks.shape)
     relative = blocks / np.where(true_scale == 0, 1, true_scale)[:, :, None]
@@ -71,6 +71,17 @@ def _examine(weight, levels, block_size, got) -> str | None:
     return "for {} in blocks of {}, {} gets the code {}, expected {}".format(
         of, block_size, *values
     )
+
+
+def _scale_misfit(scale, expected) -> str | None:
+    same = np.isclose(scale, expected, rtol=1e-4, atol=1e-30)
+    if same.all():
+        return None
+    at = tuple(np.argwhere(~same)[0])
+    guard = expected[at] == 0 and (0 < scale[at] < 1e-3 or scale[at] == 1)
+    why = f": {_ZERO_SCALE}" if guard else ""
+    numbers = f"{show(float(scale[at]))}, expected {show(float(expected[at]))}"
+    return f"the scale of block {at[1]} is {numbers}{why}"
 
 
 def _nf4(weight, levels, block_size, scale=None, nearest=None, pack=None, guard=True):
@@ -95,6 +106,30 @@ def level_below(weight, levels, block_size):
     """Takes the level below each value, not the nearest."""
     below = lambda r: torch.searchsorted(levels, r.contiguous(), right=True) - 1  # noqa: E731
     return _nf4(weight, levels, block_size, nearest=lambda r: below(r).clamp(0, 15))
+
+
+def level_above(weight, levels, block_size):
+    """Calls `torch.bucketize` with the levels, not with the midpoints between them."""
+    above = lambda r: torch.bucketize(r, levels).clamp(max=15)  # noqa: E731
+    return _nf4(weight, levels, block_size, nearest=above)
+
+
+def farthest_level(weight, levels, block_size):
+    """Writes `argmax` for `argmin`."""
+    farthest = lambda r: (r.unsqueeze(-1) - levels).abs().argmax(-1)  # noqa: E731
+    return _nf4(weight, levels, block_size, nearest=farthest)
+
+
+def signed_distance(weight, levels, block_size):
+    """Takes the least difference, not the least distance: always the highest level."""
+    least = lambda r: (r.unsqueeze(-1) - levels).argmin(-1)  # noqa: E731
+    return _nf4(weight, levels, block_size, nearest=least)
+
+
+def row_folded(weight, levels, block_size):
+    """Packs the first half of the row with the second."""
+    half = weight.shape[1] // 2
+    return _nf4(weight, levels, block_size, pack=lambda c: c[:, :half] | c[:, half:] << 4)
 
 
 def nf4_halves_swapped(weight, levels, block_size):
@@ -126,6 +161,12 @@ def scale_of_the_largest(weight, levels, block_size):
     )
 
 
+def zero_block_gets_a_scale(weight, levels, block_size):
+    """Adds a little to every scale, and returns that."""
+    blocks = weight.unflatten(1, (-1, block_size))
+    return _nf4(weight, levels, block_size, scale=blocks.abs().amax(-1, keepdim=True) + 1e-8)
+
+
 def zero_block_divides(weight, levels, block_size):
     """Divides a block of zeros by its scale of 0."""
     return _nf4(weight, levels, block_size, guard=False)
@@ -140,6 +181,16 @@ def standard_deviations(weight, levels, block_size):
 _WRONG = (
     (even_grid, "the levels of NF4 are not evenly spaced: compare with each of the 16"),
     (level_below, "take the nearest level, not the one below"),
+    (
+        level_above,
+        "sort by the midpoints between levels: bucketize on the levels themselves rounds up",
+    ),
+    (farthest_level, "the nearest level has the least distance: argmin, not argmax"),
+    (signed_distance, "take abs() of the differences: the least of all is the most negative"),
+    (
+        row_folded,
+        "a byte holds two neighbors, c[:, 0::2] and c[:, 1::2], not two halves of the row",
+    ),
     (nf4_halves_swapped, "the first of each pair belongs in the low half of the byte"),
     (nf4_one_a_byte, "these are 4-bit codes in 8-bit boxes; pack two into each byte"),
     (scale_before_codes, _SWAPPED),
@@ -169,6 +220,6 @@ EXERCISE = Exercise(
     function_names=("nf4",),
     check=_check,
     takeaway="Codes are only names: any 16 levels can stand behind four bits.",
-    wrong_answers=_WRONG,
+    wrong_answers=(*_WRONG, (zero_block_gets_a_scale, _ZERO_SCALE)),  # `_examine` names the last
     variants=(nf4_by_boundaries,),
 )

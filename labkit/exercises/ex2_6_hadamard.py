@@ -7,7 +7,10 @@ numbers of its row and its column have in common.
 import numpy as np
 import torch
 
+from labkit.exercises.explained import Explained, explain_errors
 from labkit.exercises.judge import Exercise, call, insist_on_dtype, judge, misfit, show
+
+_SIZE_ONE = "a tensor of size 1 is its own transform: end at n = 1"
 
 
 def _check(function) -> None:
@@ -16,7 +19,11 @@ def _check(function) -> None:
     cases += [(torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 0.0, -1.0]]),), (torch.ones(1, 8),)]
     for shape in ((8,), (2, 16), (2, 4, 64), (8, 256), (1, 2, 1), (4, 4), (16, 16)):
         cases.append((torch.randn(shape, generator=random),))
-    judge("hadamard", function, cases, _examine, _WRONG)
+    judge("hadamard", explain_errors(function, _explain), cases, _examine, _WRONG)
+
+
+def _explain(error, x) -> str | None:
+    return _SIZE_ONE if x.shape[-1] == 1 else None
 
 
 def _matrix(n: int) -> np.ndarray:
@@ -27,10 +34,12 @@ def _matrix(n: int) -> np.ndarray:
 
 def _examine(x, got) -> str | None:
     written = call("hadamard", x)
+    if isinstance(got, Explained):
+        return got.complaint(written, "a copy of it")
     insist_on_dtype(f"{written} returns", got, torch.float32, x.shape)
-    if complaint := misfit(got, torch.float32, x.shape):
-        return f"{written} returns {complaint}"
     n = x.shape[-1]
+    if complaint := misfit(got, torch.float32, x.shape):
+        return f"{_SIZE_ONE}: " * (n == 1) + f"{written} returns {complaint}"
     expected = torch.from_numpy(x.double().numpy() @ _matrix(n) / n**0.5)
     wrong = ~((got - expected).abs() <= 1e-4 * (1 + expected.abs().max()))
     if not wrong.any():
@@ -62,6 +71,14 @@ def not_divided(x):
 def divided_by_n(x):
     """Divides by n."""
     return _transform(x) / x.shape[-1] ** 0.5
+
+
+def ends_at_two(x):
+    """Ends its recursion at n = 2, which splits a tensor of size 1."""
+    first, second = x.split(x.shape[-1] // 2, dim=-1)
+    if x.shape[-1] > 2:
+        first, second = ends_at_two(first), ends_at_two(second)
+    return torch.cat([first + second, first - second], dim=-1) / 2**0.5
 
 
 def divided_by_the_size_of_each_level(x):
@@ -113,7 +130,11 @@ def outputs_out_of_order(x):
 
 _WRONG = (
     (not_divided, "divide by √n: a rotation keeps the length of every row"),
-    (divided_by_n, "divide by √n, not by n: applied twice it must give x back"),
+    (
+        divided_by_n,
+        "divide by √n (√2 a stage), not by n (2 a stage): applied twice it must give x back",
+    ),
+    (ends_at_two, _SIZE_ONE),
     (divided_by_the_size_of_each_level, "a level of a recursion divides by √2, whatever its size"),
     (divided_in_every_stage, "divide by √n once, after the last stage, not in every stage"),
     (difference_first, "the sum comes first, then the difference"),

@@ -21,7 +21,7 @@ def _cases():
 
 
 def _check(function) -> None:
-    judge("arithmetic_intensity", function, _cases(), _examine, _WRONG)
+    judge("arithmetic_intensity", function, _cases(), _examine, (*_WRONG, *_OTHER_FORMS))
 
 
 def _examine(out, inputs, tokens, bits, got) -> str | None:
@@ -72,6 +72,54 @@ def few_bit_activations(out, inputs, tokens, bits):
     return 16 * out * inputs * tokens / bits / (out * inputs + tokens * (inputs + out))
 
 
+def two_byte_activations(out, inputs, tokens, bits):
+    """Stores activations and results in float16."""
+    return 2 * out * inputs * tokens / (out * inputs * bits / 8 + 2 * tokens * (inputs + out))
+
+
+def numbers_for_bytes(out, inputs, tokens, bits):
+    """Counts activations and results, not their bytes."""
+    return 2 * out * inputs * tokens / (out * inputs * bits / 8 + tokens * (inputs + out))
+
+
+def float32_weights(out, inputs, tokens, bits):
+    """Moves weights in float32, whatever their bits."""
+    return 2 * out * inputs * tokens / (4 * (out * inputs + tokens * (inputs + out)))
+
+
+def fraction_dropped(out, inputs, tokens, bits):
+    """Divides operations by bytes with //."""
+    moved = out * inputs * bits / 8 + 4 * tokens * (inputs + out)
+    return float(2 * out * inputs * tokens // moved)
+
+
+def tokens_added(out, inputs, tokens, bits):
+    """Adds tokens and inputs instead of multiplying them."""
+    moved = out * inputs * bits / 8 + 4 * (tokens + inputs) + 4 * (tokens + out)
+    return 2 * out * inputs * tokens / moved
+
+
+def tokens_added_to_inputs(out, inputs, tokens, bits):
+    """Adds tokens and inputs for the activations, and gets the results right."""
+    moved = out * inputs * bits / 8 + 4 * (tokens + inputs) + 4 * tokens * out
+    return 2 * out * inputs * tokens / moved
+
+
+def operations_of_one_token(out, inputs, tokens, bits):
+    """Forgets tokens above the line."""
+    return 2 * out * inputs / (out * inputs * bits / 8 + 4 * tokens * (inputs + out))
+
+
+def operations_of_one_row(out, inputs, tokens, bits):
+    """Forgets out above the line."""
+    return 2 * inputs * tokens / (out * inputs * bits / 8 + 4 * tokens * (inputs + out))
+
+
+def operation_a_result(out, inputs, tokens, bits):
+    """Forgets inputs above the line."""
+    return 2 * out * tokens / (out * inputs * bits / 8 + 4 * tokens * (inputs + out))
+
+
 def bytes_an_operation(out, inputs, tokens, bits):
     """Turns the ratio around."""
     return (out * inputs * bits / 8 + 4 * tokens * (inputs + out)) / (2 * out * inputs * tokens)
@@ -91,9 +139,18 @@ _WRONG = (
     (weights_for_each_token, "one reading of the weights serves all tokens"),
     (one_token_of_activations, "every token has activations and results of its own"),
     (few_bit_activations, "only weights have few bits; activations and results take 4 bytes"),
+    (two_byte_activations, "float32 activations and results take 4 bytes each, not 2"),
+    (numbers_for_bytes, "these are numbers of activations and results: each takes 4 bytes"),
+    (float32_weights, "a weight takes bits / 8 bytes, not 4"),
+    (fraction_dropped, "the fraction of the result is dropped: divide with /, and keep the float"),
+    (tokens_added, "activations of shape (tokens, inputs) are tokens · inputs numbers, not a sum"),
+    (operations_of_one_token, "above the line are the operations of all tokens, not of one"),
+    (operations_of_one_row, "above the line are the operations of all out results of a token"),
+    (operation_a_result, "a result takes inputs multiply-adds, not one"),
     (bytes_an_operation, "operations go above the line, bytes below"),
     (weights_alone, "activations and results move as well as weights"),
 )
+_OTHER_FORMS = ((tokens_added_to_inputs, dict(_WRONG)[tokens_added]),)
 
 
 def intensity_by_terms(out, inputs, tokens, bits):

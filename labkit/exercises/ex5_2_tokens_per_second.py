@@ -21,7 +21,7 @@ def _cases():
 
 def _check(function) -> None:
     for cases in (_cases(), [(60_000_000, 40_000, 0, 10e9)]):  # then with nothing in the cache
-        judge("tokens_per_second", function, cases, _examine, _WRONG)
+        judge("tokens_per_second", function, cases, _examine, (*_WRONG, *_OTHER_FORMS))
 
 
 def _examine(weight_nbytes, cache_nbytes_per_token, length, bandwidth, got) -> str | None:
@@ -67,6 +67,31 @@ def whole_text(weight_nbytes, cache_nbytes_per_token, length, bandwidth):
     return bandwidth / (weight_nbytes + read)
 
 
+def keys_and_values_again(weight_nbytes, cache_nbytes_per_token, length, bandwidth):
+    """Counts the cache twice, for keys and for values."""
+    return bandwidth / (weight_nbytes + 2 * cache_nbytes_per_token * length)
+
+
+def new_token_read_too(weight_nbytes, cache_nbytes_per_token, length, bandwidth):
+    """Reads the cache of length + 1 tokens."""
+    return bandwidth / (weight_nbytes + cache_nbytes_per_token * (length + 1))
+
+
+def fraction_dropped(weight_nbytes, cache_nbytes_per_token, length, bandwidth):
+    """Divides with //."""
+    return bandwidth // (weight_nbytes + cache_nbytes_per_token * length)
+
+
+def bits_read(weight_nbytes, cache_nbytes_per_token, length, bandwidth):
+    """Turns the bytes that are read into bits."""
+    return bandwidth / (8 * (weight_nbytes + cache_nbytes_per_token * length))
+
+
+def bandwidth_in_bits(weight_nbytes, cache_nbytes_per_token, length, bandwidth):
+    """Turns the bandwidth into bits a second."""
+    return 8 * bandwidth / (weight_nbytes + cache_nbytes_per_token * length)
+
+
 _WRONG = (
     (cache_forgotten, "each step reads the cache too"),
     (cache_of_one_token, "a new token attends to all tokens of the cache, not to one"),
@@ -75,7 +100,15 @@ _WRONG = (
     (rates_added, "times add up, rates do not"),
     (the_slower_rate, "weights and cache share one bandwidth, so both take time"),
     (whole_text, "this is about one step, not about all steps before it"),
+    (
+        keys_and_values_again,
+        "the cache bytes of a token are those of its key and value: do not double",
+    ),
+    (new_token_read_too, "the cache holds the length tokens before, not the new one as well"),
+    (fraction_dropped, "the fraction of a token is dropped: divide with /, and keep the float"),
+    (bits_read, "sizes and bandwidth are both in bytes: no factor of 8"),
 )
+_OTHER_FORMS = ((bandwidth_in_bits, dict(_WRONG)[bits_read]),)
 
 
 def decoder_by_times(weight_nbytes, cache_nbytes_per_token, length, bandwidth):

@@ -3,6 +3,8 @@
 The reference takes the words apart with Python's integers, and multiplies in float64.
 """
 
+import re
+
 import numpy as np
 
 from labkit.exercises.judge import Exercise, Wrong, call, judge, kind, show
@@ -67,18 +69,26 @@ def _compile(function) -> None:
     plain = getattr(function, "py_func", function)
     try:
         got = numba.njit(plain)(words, scale, zero_point, x, group_size)
-    except (numba.core.errors.NumbaError, TypeError) as error:  # the second for *arguments
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = next((line for line in lines[1:] if not line.startswith("File")), lines[0])[:120]
+    except Exception as error:  # not all that Numba raises is a NumbaError
         raise Wrong(
-            f"int4_tile is right in Python, but Numba cannot compile it ({said}): "
-            "keep to loops, arithmetic and NumPy arrays"
+            f"int4_tile is right in Python, but Numba cannot compile it ({_reason(error)}): "
+            "it knows only a part of NumPy and of Python, so write loops over single numbers"
         ) from None
     if complaint := _examine(words, scale, zero_point, x, group_size, got):
         raise Wrong(
             "int4_tile is right in Python but not compiled, where integers of different types are "
             f"converted by other rules; write np.float32(code): {complaint}"
         )
+
+
+def _reason(error: Exception) -> str:
+    # Numba writes a page, with addresses and paths in it; one line says what is missing.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = lines or [type(error).__name__]
+    said = next((line for line in lines[1:] if not line.startswith("File")), lines[0])
+    if missing := re.search(r"implementation of function Function\(<\D*?function (\w+)", said):
+        return f"no implementation of {missing[1]} for these arguments"
+    return re.sub(r" at 0x[0-9a-fA-F]+| from '[^']*'| Raised from .*", "", said).rstrip(".:")[:120]
 
 
 def _product(codes, scale, zero_point, x, group_size):

@@ -40,7 +40,7 @@ def _cases():
 
 
 def _check(function) -> None:
-    judge("attend_one", function, _cases(), _examine, _WRONG)
+    judge("attend_one", function, _cases(), _examine, (*_WRONG, *_OTHER_FORMS))
 
 
 def _examine(query, keys, key_scale, values, value_scale, got) -> str | None:
@@ -115,6 +115,56 @@ def scaled_by_heads(query, keys, values):
 
 
 @_in_float
+def scaled_by_length(query, keys, values):
+    """Divides by the root of the number of tokens."""
+    shares = (_scores(query, _shared(keys, query)) / keys.shape[1] ** 0.5).softmax(1)
+    return _mix(shares, _shared(values, query))
+
+
+@_in_float
+def scaled_by_all_heads(query, keys, values):
+    """Divides by the root of the width of all heads together."""
+    shares = (_scores(query, _shared(keys, query)) / query.numel() ** 0.5).softmax(1)
+    return _mix(shares, _shared(values, query))
+
+
+@_in_float
+def times_the_root(query, keys, values):
+    """Multiplies by the root of the width."""
+    shares = (_scores(query, _shared(keys, query)) * query.shape[1] ** 0.5).softmax(1)
+    return _mix(shares, _shared(values, query))
+
+
+@_in_float
+def shares_divided(query, keys, values):
+    """Divides by the root after the softmax."""
+    shares = _scores(query, _shared(keys, query)).softmax(1) / query.shape[1] ** 0.5
+    return _mix(shares, _shared(values, query))
+
+
+@_in_float
+def no_softmax(query, keys, values):
+    """Mixes the values with the scores themselves."""
+    return _mix(
+        _scores(query, _shared(keys, query)) / query.shape[1] ** 0.5, _shared(values, query)
+    )
+
+
+@_in_float
+def not_normalized(query, keys, values):
+    """Takes exp of the scores less their maximum, and does not divide by its sum."""
+    scores = _scores(query, _shared(keys, query)) / query.shape[1] ** 0.5
+    return _mix((scores - scores.amax(1, keepdim=True)).exp(), _shared(values, query))
+
+
+@_in_float
+def exp_not_normalized(query, keys, values):
+    """Takes exp of the scores as they are, and does not divide by its sum."""
+    powers = (_scores(query, _shared(keys, query)) / query.shape[1] ** 0.5).exp()
+    return _mix(powers, _shared(values, query))
+
+
+@_in_float
 def heads_dealt_out(query, keys, values):
     """Gives query head h the key-value head h % kv_heads."""
     sharing = len(query) // len(keys)
@@ -168,6 +218,11 @@ def values_unscaled(query, keys, key_scale, values, value_scale):
     return _attention(query, keys * key_scale[..., None], values.float())
 
 
+def both_unscaled(query, keys, key_scale, values, value_scale):
+    """Takes the codes for keys and values."""
+    return _attention(query, keys.float(), values.float())
+
+
 def scales_swapped(query, keys, key_scale, values, value_scale):
     """Gives keys the scales of values."""
     return _attention(query, keys * value_scale[..., None], values * key_scale[..., None])
@@ -189,12 +244,19 @@ def key_scale_after_softmax(query, keys, key_scale, values, value_scale):
 _WRONG = (
     (keys_unscaled, "a key is its codes times the scale of its token"),
     (values_unscaled, "a value is its codes times the scale of its token"),
+    (both_unscaled, "codes alone are no keys and values: each token has two scales"),
     (scales_swapped, "keys and values have scales of their own"),
     (first_scale_for_all, "each token has a scale of its own"),
     (key_scale_after_softmax, "the scale belongs to the score, before the softmax"),
     (not_scaled, "divide the scores by √width before the softmax"),
     (scaled_by_width, "the scores are divided by √width, not by the width"),
     (scaled_by_heads, "width is the last dimension of the query, not the number of heads"),
+    (scaled_by_length, "it is the root of the width, not of the number of tokens"),
+    (scaled_by_all_heads, "the width is that of one head, not of all together"),
+    (times_the_root, "the scores are divided by √width, not multiplied"),
+    (shares_divided, "√width belongs to the scores, before the softmax, not to the shares"),
+    (no_softmax, "these are scores: the softmax makes shares of them"),
+    (not_normalized, "divide by the sum of the exp: the shares of a head add up to 1"),
     (heads_dealt_out, "neighbors share a key-value head: head // group, not head % kv_heads"),
     (first_head_for_all, "there is more than one key-value head to share"),
     (softmax_over_heads, "the shares of one head add up to 1 over the tokens"),
@@ -202,6 +264,7 @@ _WRONG = (
     (exp_overflows, "the exp of a large score is infinite: subtract the maximum first"),
     (one_maximum_for_all, "subtract each head's own maximum, or all its shares become 0"),
 )
+_OTHER_FORMS = ((exp_not_normalized, dict(_WRONG)[not_normalized]),)
 
 
 @_in_float

@@ -3,6 +3,7 @@
 The reference is a made-up machine, whose clock and usual time of each call are known.
 """
 
+import functools
 from statistics import fmean, median
 
 import numpy as np
@@ -90,7 +91,7 @@ def _cases():
 
 
 def _check(function) -> None:
-    judge("speedup", function, _cases(), _examine, _WRONG)
+    judge("speedup", function, _cases(), _examine, (*_WRONG, *_OTHER_FORMS))
 
 
 def _examine(slow, fast, clock, repeats, got) -> str | None:
@@ -176,6 +177,20 @@ def all_slow_calls_first(slow, fast, clock, repeats):
     return median(times[0]) / median(times[1])
 
 
+def warm_blocks(slow, fast, clock, repeats, fast_first=False, average=median):
+    """Warms each function up just before all its calls."""
+    results = {}
+    for function in (fast, slow) if fast_first else (slow, fast):
+        function()
+        results[function] = average([_timed(function, clock) for _ in range(repeats)])
+    return results[slow] / results[fast]
+
+
+def fast_calls_first(slow, fast, clock, repeats):
+    """Warms both up, and times all calls of fast before those of slow."""
+    return 1 / all_slow_calls_first(fast, slow, clock, repeats)
+
+
 def means_in_turn(slow, fast, clock, repeats):
     """Takes means."""
     times = _in_turn(slow, fast, clock, repeats)
@@ -186,6 +201,19 @@ def smallest_times(slow, fast, clock, repeats):
     """Takes the smallest times."""
     times = _in_turn(slow, fast, clock, repeats)
     return min(times[0]) / min(times[1])
+
+
+def trimmed_means(slow, fast, clock, repeats):
+    """Takes means without the smallest and the largest time."""
+    middles = (sorted(times)[1:-1] or times for times in _in_turn(slow, fast, clock, repeats))
+    slow_mean, fast_mean = map(fmean, middles)
+    return slow_mean / fast_mean
+
+
+def mean_of_ratios(slow, fast, clock, repeats):
+    """Averages the ratios of all rounds."""
+    pairs = zip(*_in_turn(slow, fast, clock, repeats), strict=True)
+    return fmean(one / other for one, other in pairs)
 
 
 def median_of_ratios(slow, fast, clock, repeats):
@@ -241,15 +269,24 @@ _WRONG = (
     (only_slow_warm, "fast needs a warm-up as well as slow"),
     (only_fast_warm, "slow needs a warm-up as well as fast"),
     (all_slow_calls_first, "the machine grows slower, and fast runs last: call them in turn"),
+    (warm_blocks, "each is warm, but its calls come all in one block: take turns"),
     (means_in_turn, "one odd call moves a mean: take the median"),
     (lower_median, "the lower of two middle times is not the median: take the mean of both"),
     (smallest_times, "one lucky call decides a minimum: take the median"),
+    (trimmed_means, "a mean without two extremes still counts other odd calls: take the median"),
+    (mean_of_ratios, "odd calls move a mean of ratios: take the median of each, then divide"),
     (median_of_ratios, "take the median of each first, and divide once"),
     (upper_median, "of an even number of times the median is the mean of the two middle ones"),
     (warm_up_each_round, "one call of each before the first round is enough"),
     (only_warmed_up, "warm is not enough: the order and the mean still favor one side"),
     (only_in_turn, "in turn is not enough: first calls and odd ones still count"),
     (only_the_ratio, "the ratio is mended, but not yet what it measures"),
+)
+_MESSAGES = dict(_WRONG)
+_OTHER_FORMS = (
+    (functools.partial(warm_blocks, fast_first=True), _MESSAGES[warm_blocks]),
+    (fast_calls_first, _MESSAGES[warm_blocks]),
+    (functools.partial(warm_blocks, average=fmean), _MESSAGES[only_warmed_up]),
 )
 
 
