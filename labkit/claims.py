@@ -98,7 +98,7 @@ def timed_claim(
         id, sentence, reason: as of `claim`.
         ratio: from `labkit.measure.ratio`: its `value`, and where that comes from.
         low, high: the band; it lies on one side of `null`.
-        null: the ratio if both were equally fast.
+        null: the ratio if both were equally fast; nothing holds whose quartiles it lies between.
 
     Raises:
         TypeError: if `ratio` is a bare number, which does not say how it was timed.
@@ -109,7 +109,7 @@ def timed_claim(
         raise TypeError(f"claim {id}: ratio must be from lk.ratio(one, other), not {kind}")
     number = _number(id, ratio.value)
     low, high = _checked_band(id, low, high, null, reason)
-    holds = low <= number <= high
+    holds = low <= number <= high and not ratio.low <= null <= ratio.high
     REGISTRY[id] = Claim(id, sentence, number, low, high, null, "timed", holds, "", reason)
     facts = "; ".join([f"band {_band(low, high)}", *_null(null)])
     verdict = "holds here" if holds else "does not hold here"

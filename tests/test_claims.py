@@ -164,6 +164,13 @@ def test_a_timed_claim_says_whether_it_holds_here_and_never_raises(capsys):
     assert claims.REGISTRY["tiles"].kind == "timed"
 
 
+def test_a_time_whose_quartiles_hold_the_null_does_not_hold(capsys):
+    near = in_turn((20, 10), (10, 20), (20, 10), (10, 20), (13, 10))
+    lk.timed_claim("tiles", "Time by rows over time in tiles", near, 1.2)
+    assert "= 1.3 (band at least 1.2; null 1): does not hold here, " in capsys.readouterr().out
+    assert not claims.REGISTRY["tiles"].holds
+
+
 def test_a_bare_number_is_no_timing():
     with pytest.raises(TypeError, match=r"claim x: ratio must be from lk.ratio\(one, other\)"):
         lk.timed_claim("x", "A speed", 2.5, 1.2)
