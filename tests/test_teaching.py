@@ -282,9 +282,9 @@ def rows_of(title: str) -> list[Row]:
     for line in below(GUIDE, 3, title).splitlines():
         if found := re.match(r"\| (\d+)–(\d+) \| (\w+) \| (.+?) \| (.+?) \| .+ \|$", line):
             start, stop, how, chapter, titles = found.groups()
-            link = re.fullmatch(r"\[(\d)\]\((\S+)\)", chapter)
+            link = re.fullmatch(r"\[(\d[a-z]?)\]\((\S+)\)", chapter)
             assert link or (chapter, titles) == ("–", "–"), line
-            assert not link or int(link[2][:2]) == int(link[1]), line
+            assert not link or link[2].startswith(f"0{link[1]}_"), line
             names = titles.split("<br>") if link else []
             rows.append(Row(int(start), int(stop), how, link[2] if link else "", names))
     return rows

@@ -9,8 +9,8 @@ from numbers import Real
 import numpy as np
 import torch
 
-from labkit.exercises.explained import Explained, explain_errors
 from labkit.exercises.judge import Exercise, call, judge, kind, show
+from labkit.exercises.named_errors import Explained, explain_errors
 
 _IN_PERCENT = "a quantile is a fraction from 0 to 1: divide percent by 100"
 _EACH_ROW = "one range for the whole tensor, not one for each row: flatten it first"

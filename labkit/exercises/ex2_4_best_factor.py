@@ -5,8 +5,8 @@ The reference is the definition in float64: every exponent is tried on the produ
 
 import torch
 
-from labkit.exercises.explained import Explained, explain_errors
 from labkit.exercises.judge import Exercise, insist_on_dtype, judge, misfit, show
+from labkit.exercises.named_errors import Explained, explain_errors
 
 _CLAMP = "clamp at 1e-5: a dead channel makes every error NaN, and then none is the least"
 

@@ -7,8 +7,8 @@ numbers of its row and its column have in common.
 import numpy as np
 import torch
 
-from labkit.exercises.explained import Explained, explain_errors
 from labkit.exercises.judge import Exercise, call, insist_on_dtype, judge, misfit, show
+from labkit.exercises.named_errors import Explained, explain_errors
 
 _SIZE_ONE = "a tensor of size 1 is its own transform: end at n = 1"
 
