@@ -565,22 +565,21 @@ def test_bad_calls_of_check(arguments, error, fragment):
 
 
 def cells_of(exercise: Exercise) -> Cells:
-    return notebook_of(exercise.id)[1]
+    return places()[exercise.id][1]
 
 
 @functools.cache
-def notebook_of(id: str) -> tuple[nbformat.NotebookNode, Cells]:
-    """Return the notebook that holds an exercise, and the cells of the exercise."""
-    for name in NAMES:
-        notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
-        if found := exercises_of(notebook).get(id):
-            return notebook, found
-    raise AssertionError(f"no notebook holds exercise {id}")
+def places() -> dict[str, tuple[nbformat.NotebookNode, Cells]]:
+    """Return, by exercise in reading order, the notebook that holds it, and its cells there."""
+    read = (nbformat.read(NOTEBOOKS / name, as_version=4) for name in NAMES)
+    return {
+        id: (notebook, cells) for notebook in read for id, cells in exercises_of(notebook).items()
+    }
 
 
 def imported_before(exercise: Exercise) -> dict:
     """Return what the notebook has imported when a learner comes to the exercise."""
-    notebook, cells = notebook_of(exercise.id)
+    notebook, cells = places()[exercise.id]
     before = notebook.cells[: notebook.cells.index(cells.stub)]
     trees = [ast.parse(cell.source) for cell in before if cell.cell_type == "code"]
     imports = [n for tree in trees for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
@@ -601,9 +600,7 @@ def body_of(function: ast.FunctionDef) -> list[str]:
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_chapter_and_registry_have_the_same_exercises(chapter):
     registered = [e for e in EXERCISES if e.id.split(".")[0] == chapter]
-    paths = [NOTEBOOKS / name for name in NAMES if name.startswith(f"0{chapter}")]
-    notebooks = (nbformat.read(path, as_version=4) for path in paths)
-    assert [id for one in notebooks for id in exercises_of(one)] == [e.id for e in registered]
+    assert [id for id in places() if id.split(".")[0] == chapter] == [e.id for e in registered]
     assert 4 <= len(registered) <= 6
     assert any(e.broken for e in registered), "no bug hunt"
 

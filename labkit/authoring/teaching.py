@@ -134,7 +134,7 @@ def times(record: dict) -> str:
             raise GuideError(
                 f"the record of times lacks {', '.join(missing)}: run {record['command']}"
             )
-        found: dict[str, dict[str, dict]] = {}  # by chapter, which may have two notebooks
+        found: dict[str, dict[str, dict]] = {}  # by chapter: some have several notebooks
         for name in notebooks.NAMES:
             found.setdefault(str(int(name[:2])), {})[name] = record["notebooks"][name]
         rows = [_times_row(number, found[number], inside) for number, inside in chapters.items()]
@@ -149,19 +149,16 @@ def times(record: dict) -> str:
 
 def _times_row(number: str, parts: dict[str, dict], inside: Iterable[Exercise]) -> tuple[str, ...]:
     slowest = ""
-    if every := [tuple(pair) for of in parts.values() for pair in of["slowest"]]:
+    if every := [pair for of in parts.values() for pair in of["slowest"]]:
         line, seconds = max(every, key=lambda pair: pair[1])
         shown = line if len(line) <= _SHOWN_SIGNS else line[: _SHOWN_SIGNS - 1].rstrip() + "…"
         slowest = f"{shown} ({seconds:.0f} s)"
-    cost = _cost(
-        sum(of["seconds"] for of in parts.values()), max(of["peak_nbytes"] for of in parts.values())
-    )
-    return f"{number} ({', '.join(parts)})", *_sums(inside), *cost, slowest
+    return f"{number} ({', '.join(parts)})", *_sums(inside), *_cost(parts.values()), slowest
 
 
 def _times_total(every: list[dict]) -> tuple[str, ...]:
-    cost = _cost(sum(of["seconds"] for of in every), max(of["peak_nbytes"] for of in every))
-    return "all", *_sums(registry().values()), cost[0], f"at most {cost[1]}", ""
+    seconds, memory = _cost(every)
+    return "all", *_sums(registry().values()), seconds, f"at most {memory}", ""
 
 
 def _sums(inside: Iterable[Exercise]) -> tuple[str]:
@@ -169,9 +166,11 @@ def _sums(inside: Iterable[Exercise]) -> tuple[str]:
     return (f"{len(minutes)}, {sum(minutes)} min",)
 
 
-def _cost(seconds: float, nbytes: int) -> tuple[str, str]:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02}", f"{nbytes / 1e9:.1f}"
+def _cost(every: Iterable[dict]) -> tuple[str, str]:
+    # Of notebooks run one after the other.
+    every = list(every)
+    minutes, rest = divmod(round(sum(of["seconds"] for of in every)), 60)
+    return f"{minutes}:{rest:02}", f"{max(of['peak_nbytes'] for of in every) / 1e9:.1f}"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], align: str = "") -> str:

@@ -76,9 +76,10 @@ def _in_float(attention):
     return read
 
 
-def _attention(query, keys, values):
+def _attention(query, keys, values, divisor=None):
     keys, values = _shared(keys, query), _shared(values, query)
-    return _mix((_scores(query, keys) / query.shape[1] ** 0.5).softmax(1), values)
+    divisor = divisor or query.shape[1] ** 0.5
+    return _mix((_scores(query, keys) / divisor).softmax(1), values)
 
 
 def _shared(cache, query):
@@ -96,43 +97,37 @@ def _mix(shares, values):
 @_in_float
 def not_scaled(query, keys, values):
     """Forgets the square root of the width."""
-    shares = _scores(query, _shared(keys, query)).softmax(1)
-    return _mix(shares, _shared(values, query))
+    return _attention(query, keys, values, 1.0)
 
 
 @_in_float
 def scaled_by_width(query, keys, values):
     """Divides by the width itself."""
-    shares = (_scores(query, _shared(keys, query)) / query.shape[1]).softmax(1)
-    return _mix(shares, _shared(values, query))
+    return _attention(query, keys, values, query.shape[1])
 
 
 @_in_float
 def scaled_by_heads(query, keys, values):
     """Takes the number of heads for the width."""
-    shares = (_scores(query, _shared(keys, query)) / len(query) ** 0.5).softmax(1)
-    return _mix(shares, _shared(values, query))
+    return _attention(query, keys, values, len(query) ** 0.5)
 
 
 @_in_float
 def scaled_by_length(query, keys, values):
     """Divides by the root of the number of tokens."""
-    shares = (_scores(query, _shared(keys, query)) / keys.shape[1] ** 0.5).softmax(1)
-    return _mix(shares, _shared(values, query))
+    return _attention(query, keys, values, keys.shape[1] ** 0.5)
 
 
 @_in_float
 def scaled_by_all_heads(query, keys, values):
     """Divides by the root of the width of all heads together."""
-    shares = (_scores(query, _shared(keys, query)) / query.numel() ** 0.5).softmax(1)
-    return _mix(shares, _shared(values, query))
+    return _attention(query, keys, values, query.numel() ** 0.5)
 
 
 @_in_float
 def times_the_root(query, keys, values):
     """Multiplies by the root of the width."""
-    shares = (_scores(query, _shared(keys, query)) * query.shape[1] ** 0.5).softmax(1)
-    return _mix(shares, _shared(values, query))
+    return _attention(query, keys, values, query.shape[1] ** -0.5)
 
 
 @_in_float
