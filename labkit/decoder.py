@@ -67,6 +67,11 @@ class Product:
         joined[0] = np.pad(joined[0], ((0, 0), (0, gap))).view("<u4")
         self.arrays = list(map(matvec.to_tiles, joined))
 
+    def operands(self) -> tuple:
+        """Return the packed layers as `matvec.compiled_block` reads them."""
+        words, *grid = self.arrays
+        return words, self.bits, *grid, self.group_size, self.inputs, self.out, self.bias
+
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Return the product with one token, float32 `(in,)`, as `(out,)`."""
         if self.bits == 32:
@@ -109,7 +114,8 @@ class Decoder(nn.Module):
             model: a causal LM of the Llama, Mistral, Qwen2 or Qwen3 family on the CPU; its linear
                 layers may be `PackedLinear`.
             max_length: tokens that the cache holds.
-            kernel: of the packed layers, see `Product`.
+            kernel: of the packed layers, see `Product`. If Numba compiled it, a block whose layers
+                are all packed is one compiled function; else Python calls kernel after kernel.
 
         Raises:
             TypeError, ValueError: if the model is of another architecture, or see `Product`;
@@ -131,6 +137,8 @@ class Decoder(nn.Module):
         self.keys = np.zeros((len(self.blocks), *heads), np.float32)
         self.values, self.length = np.zeros_like(self.keys), 0
         products = [x for block in self.blocks for x in block if isinstance(x, Product)]
+        _put_in_a_row([*products, self.head])
+        self.ways = [_way(block) for block in self.blocks]
         self.nbytes = self.head.nbytes + sum(product.nbytes for product in products)
 
     def _check(self, ids: Sequence[int] | torch.Tensor, more: int) -> torch.Tensor:
@@ -171,21 +179,13 @@ class Decoder(nn.Module):
 
         ValueError if the cache is full, or the id unknown.
         """
-        at, width = self.length, self.keys.shape[3]
+        at = self.length
         x = self.model.model.embed_tokens(self._check([token], at))[0].numpy()
-        for (norm, qkv, head_norm, out, mlp_norm, gate_up, down), window, *cache in zip(
-            self.blocks, self.windows, self.keys, self.values, strict=True
+        shared = self.epsilon, self.cos, self.sin
+        for (run, block), window, *cache in zip(
+            self.ways, self.windows, self.keys, self.values, strict=True
         ):
-            rows = qkv(matvec.rms_norm(x, norm, self.epsilon)).reshape(-1, width)
-            if head_norm is not None:
-                some = rows[: len(head_norm)]
-                some /= np.sqrt(np.square(some).mean(1, keepdims=True) + np.float32(self.epsilon))
-                some *= head_norm
-            first = max(0, at + 1 - window)
-            if first:
-                cache = [part[:, first:] for part in cache]
-            x = x + out(matvec.attend(rows, self.cos[at], self.sin[at], *cache, at - first))
-            x = x + down(matvec.swiglu(gate_up(matvec.rms_norm(x, mlp_norm, self.epsilon))))
+            x = run(x, block, *shared, *cache, max(0, at + 1 - window), at)
         self.length += 1
         return self.head(matvec.rms_norm(x, self.norm, self.epsilon))
 
@@ -227,11 +227,34 @@ def _window(config, attention: nn.Module) -> float:
     return getattr(attention, "sliding_window", mistral) or math.inf
 
 
-def _head_norm(attention: nn.Module) -> np.ndarray | None:
-    # The weights of the norms on queries and keys, (heads + kv_heads, width).
-    if not hasattr(attention, "q_norm"):
-        return None
+def _put_in_a_row(products: list[Product], line: int = 64) -> None:
+    # Packed arrays move to one piece of memory, in the order in which a step reads them: NumPy asks
+    # for large pages for a large piece, and what is asked for ahead is the next matrix.
+    packed = [product for product in products if product.bits < 32]
+    memory = np.empty(sum(x.nbytes + line for each in packed for x in each.arrays), np.uint8)
+    for product in packed:
+        for i, array in enumerate(product.arrays):
+            memory = memory[-memory.ctypes.data % line :]
+            place, memory = memory[: array.nbytes], memory[array.nbytes :]
+            product.arrays[i] = place.view(array.dtype).reshape(array.shape)
+            product.arrays[i][:] = array
+
+
+def _way(block: tuple) -> tuple[Callable, tuple]:
+    # What takes a token through a block, and the block as that reads it.
+    products = [part for part in block if isinstance(part, Product)]
+    kernel, packed = products[0].kernel, all(product.bits < 32 for product in products)
+    if not (packed and hasattr(kernel, "py_func")):
+        return matvec.one_block, block
+    parts = (part.operands() if isinstance(part, Product) else part for part in block)
+    return matvec.compiled_block(kernel), tuple(parts)
+
+
+def _head_norm(attention: nn.Module) -> np.ndarray:
+    # The weights of the norms on queries and keys, (heads + kv_heads, width); no row: no norm.
     config, width = attention.config, attention.head_dim
+    if not hasattr(attention, "q_norm"):
+        return np.zeros((0, width), np.float32)
     norms = attention.q_norm.weight, attention.k_norm.weight
     heads = config.num_attention_heads, config.num_key_value_heads
     parts = [norm.detach().expand(n, width) for norm, n in zip(norms, heads, strict=True)]

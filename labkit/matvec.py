@@ -1,72 +1,25 @@
 """Kernels in Numba: a packed weight times one token, and what a decoder does between two of them.
 
-Compiled at the first call, for the types that come, and kept on disk where there is a place. They
-check nothing, and an array that is too short is read past its end: `labkit.decoder` checks at its
-door.
+Compiled at the first call, for the types that come. They check nothing, and an array that is too
+short is read past its end: `labkit.decoder` checks at its door. All are in one file, since Numba
+compiles what it kept on disk again only if the file of a function has changed.
 """
 
-import os
-import stat
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+import functools
+from types import FunctionType
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from labkit.downloads import cache_folder
+from labkit.compiling import njit
 
 TILE = 64
-SPAN = 256
-"""Inputs whose sum of products fits in 32 bits: 256 · 255 · 32767 is just below 2³¹."""
-AHEAD = 4096
-"""How many bytes before it needs them a kernel asks the memory for words."""
+SPAN = 256  # inputs whose sum of products fits in 32 bits: 256 · 255 · 32767 is just below 2³¹
+AHEAD = 4096  # how many bytes before it needs them a kernel asks the memory for words
 _INT32 = ir.IntType(32)
-
-
-_UID = getattr(os, "getuid", int)()
-TEMPORARY = Path(tempfile.gettempdir()) / f"labkit-numba-{_UID}"
-"""Where kernels are kept if no better place can be written."""
-
-
-def _places() -> Iterator[str]:
-    """Yield where Numba may keep kernels, the usual place first (empty: it looks for one)."""
-    yield numba.config.CACHE_DIR
-    yield str(cache_folder() / "numba")
-    try:
-        TEMPORARY.mkdir(mode=0o700, exist_ok=True)
-        facts = TEMPORARY.lstat()
-    except OSError:
-        return
-    # Others could leave code for us in a folder of theirs: this one must be ours alone.
-    alone = facts.st_uid == _UID and not facts.st_mode & 0o077
-    if stat.S_ISDIR(facts.st_mode) and (alone or os.name == "nt"):
-        yield str(TEMPORARY)
-
-
-def _can_keep() -> bool:
-    usual = numba.config.CACHE_DIR
-    for numba.config.CACHE_DIR in _places():
-        try:
-            numba.njit(cache=True)(_can_keep)
-        except RuntimeError:  # nothing there can be written
-            continue
-        return True
-    numba.config.CACHE_DIR = usual
-    return False
-
-
-KEPT = _can_keep()
-"""Whether compiled kernels are kept on disk; if not, each process compiles them again."""
-
-
-def njit(*arguments, cache: bool = False, **options):
-    """Compile as `numba.njit` does, and do without a cache where there is no place for one."""
-    return numba.njit(*arguments, cache=cache and KEPT, **options)
 
 
 @njit(parallel=True, fastmath={"reassoc", "contract"}, cache=True)
@@ -99,12 +52,13 @@ def _pair_products(builder, a, b):
     return builder.add(*(builder.shuffle_vector(products, products, side) for side in sides))
 
 
-def _ask_for(builder, address, ahead: int) -> None:
-    # Bring later words into the caches: the processor itself stops at the end of a page.
+def _ask_for(builder, pointer, ahead: int, nbytes: int = 4 * TILE) -> None:
+    # Bring later bytes into the caches: the processor itself stops at the end of a page.
+    address = builder.bitcast(pointer, ir.IntType(8).as_pointer())
     kinds = [address.type, _INT32, _INT32, _INT32]
     kind = ir.FunctionType(ir.VoidType(), kinds)
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    for line in range(ahead, ahead + 4 * TILE, 64):
+    for line in range(ahead, ahead + nbytes, 64):
         place = builder.gep(address, [ir.Constant(ir.IntType(64), line)])
         builder.call(function, [place, *(_INT32(value) for value in (0, 3, 1))])
 
@@ -151,7 +105,7 @@ def _write_tile_dots(context, builder, kinds, arguments, bits: int, ahead: int) 
         place = builder.bitcast(words.data, rows.as_pointer())
         place = builder.gep(place, [loop.index])
         if ahead:
-            _ask_for(builder, builder.bitcast(place, ir.IntType(8).as_pointer()), ahead)
+            _ask_for(builder, place, ahead)
         word, sums = builder.load(place), builder.load(total)
         word.align = 4
         first = builder.mul(loop.index, ir.Constant(n_words.type, per_word))
@@ -167,6 +121,19 @@ def _write_tile_dots(context, builder, kinds, arguments, bits: int, ahead: int) 
         builder.store(sums, total)
     written = builder.store(builder.load(total), builder.bitcast(dots.data, rows.as_pointer()))
     written.align = 4
+
+
+@intrinsic
+def ask_for(typing_context, some):
+    """Bring an array `(64,)` into the caches, without waiting for it."""
+
+    def generate(context, builder, signature, arguments):
+        (kind,) = signature.args
+        array = context.make_array(kind)(context, builder, arguments[0])
+        _ask_for(builder, array.data, 0, TILE * kind.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(some), generate
 
 
 # By themselves: in a parallel function each line on arrays would wake all cores, and compile long.
@@ -203,16 +170,23 @@ def span_sums(x, group_size):
     """Return the sums of spans of x `(in,)`: groups, cut where 256 inputs are full; int32."""
     per_group = (group_size + SPAN - 1) // SPAN
     sums = np.zeros((x.size // group_size, per_group), np.int32)
-    for i in range(x.size):
-        sums[i // group_size, i % group_size // SPAN] += np.int32(x[i])
+    for group in range(len(sums)):
+        some = x[group * group_size : (group + 1) * group_size]
+        for span in range(per_group):
+            for code in some[span * SPAN : (span + 1) * SPAN]:
+                sums[group, span] += np.int32(code)
     return sums
 
 
 @njit(fastmath={"contract"}, cache=True)
 def tile_product(y, words, bits, scale, zero_point, pairs, sums, group_size):
-    """Add the products of the 64 rows of one tile to y `(64,)`, for activations of scale 1."""
+    """Write the products of the 64 rows of one tile to y `(64,)`, for activations of scale 1."""
     dots, per_word = np.empty(TILE, np.int32), 32 // bits
+    for row in range(TILE):
+        y[row] = 0
     for group in range(len(sums)):
+        ask_for(scale[group])  # both are needed when the words of the group are done
+        ask_for(zero_point[group])
         for span in range(sums.shape[1]):
             first = group * group_size + span * SPAN
             last = min(first + SPAN, (group + 1) * group_size)
@@ -241,7 +215,7 @@ def matvec_packed(words, bits, scale, zero_point, x, group_size):
     Returns:
         float32 `(n_tiles · 64,)`.
     """
-    y = np.zeros((len(words), TILE), np.float32)
+    y = np.empty((len(words), TILE), np.float32)
     codes, step = to_int16(x)
     pairs, sums = in_pairs(codes, bits), span_sums(codes, group_size)
     for tile in prange(len(words)):
@@ -287,13 +261,14 @@ def swiglu(gate_and_up):
 
 
 @njit(parallel=True, fastmath={"reassoc", "contract"}, cache=True)
-def attend(rows, cos, sin, keys, values, position):
-    """Rotate queries and keys, put the new key and value into the cache, and mix all values.
+def attend(rows, cos, sin, keys, values, first, position):
+    """Rotate queries and keys, put the new key and value into the cache, and mix the values.
 
     Args:
         rows: float32 `(heads + 2 · kv_heads, width)`: queries, keys, values; changed in place.
         cos, sin: float32 `(width,)`, the rotation at this position.
         keys, values: float32 `(kv_heads, max_length, width)`, filled before `position`.
+        first: the earliest position that is looked at.
     """
     kv_heads, _, width = keys.shape
     heads, half = len(rows) - 2 * kv_heads, width // 2
@@ -310,16 +285,66 @@ def attend(rows, cos, sin, keys, values, position):
     for head in prange(heads):
         mixed[head] = 0
         shared, query = head // (heads // kv_heads), rows[head] / np.float32(np.sqrt(width))
-        scores = np.empty(position + 1, np.float32)
-        for t in range(position + 1):
-            key, dot = keys[shared, t], np.float32(0)
+        scores = np.empty(position + 1 - first, np.float32)
+        for t in range(scores.size):
+            key, dot = keys[shared, first + t], np.float32(0)
             for i in range(width):
                 dot += query[i] * key[i]
             scores[t] = dot
         scores = np.exp(scores - scores.max())
         scores /= scores.sum()
-        for t in range(position + 1):
-            value, share = values[shared, t], scores[t]
+        for t in range(scores.size):
+            value, share = values[shared, first + t], scores[t]
             for i in range(width):
                 mixed[head, i] += share * value[i]
     return mixed.reshape(-1)
+
+
+@njit(cache=True)
+def norm_rows(rows, weight, epsilon):
+    """Divide rows by their root mean squares, and multiply by weight `(n, width)`; in place."""
+    for row in range(len(weight)):
+        rows[row] = rms_norm(rows[row], weight[row], epsilon)
+
+
+def multiply(x, layer):
+    """Return the product of a linear layer with x `(in,)`; for `one_block` as Python runs it."""
+    return layer(x)
+
+
+def one_block(x, block, epsilon, cos, sin, keys, values, first, position):
+    """Take one token through a decoder block; return float32 `(n,)`, as x.
+
+    Args:
+        x: float32 `(n,)`, the hidden state.
+        block: the norm before attention; the layer that makes queries, keys and values; the norms
+            on queries and keys, `(heads + kv_heads, width)`, or no row; the output layer; the norm
+            before the MLP; the layer that makes gate and up; down. `multiply` knows layers.
+        epsilon, cos, sin: of the norms; float32 `(max_length, width)`; the others: see `attend`.
+    """
+    norm, qkv, head_norm, out, mlp_norm, gate_up, down = block
+    rows = multiply(rms_norm(x, norm, epsilon), qkv).reshape(-1, cos.shape[1])
+    norm_rows(rows, head_norm, epsilon)
+    mixed = attend(rows, cos[position], sin[position], keys, values, first, position)
+    x = x + multiply(mixed, out)
+    return x + multiply(swiglu(multiply(rms_norm(x, mlp_norm, epsilon), gate_up)), down)
+
+
+@functools.cache
+def compiled_block(kernel):
+    """Return `one_block` compiled as a whole, with a kernel that is called as `matvec_packed`.
+
+    Its layers are `(words, bits, scale, zero_point, group_size, inputs, out, bias)`; x is filled up
+    to `inputs`, and `bias` is `(out,)` or empty.
+    """
+
+    @njit
+    def by_kernel(x, layer):
+        words, bits, scale, zero_point, group_size, inputs, out, bias = layer
+        if x.size < inputs:
+            x = np.concatenate((x, np.zeros(inputs - x.size, np.float32)))
+        y = kernel(words, bits, scale, zero_point, x, group_size)[:out]
+        return y + bias if bias.size else y
+
+    same = FunctionType(one_block.__code__, globals() | {"multiply": by_kernel})
+    return njit(cache=kernel is matvec_packed)(same)

@@ -172,7 +172,7 @@ def test_attention_is_torchs_at_every_position(heads, kv_heads, width, size):
     angles = numbers(2, length, width, seed=1)
     keys, values = np.full((2, kv_heads, length + 2, width), np.nan, np.float32)
     found = [
-        matvec.attend(rows[i].copy(), *angles[:, i], keys, values, i).reshape(heads, width)
+        matvec.attend(rows[i].copy(), *angles[:, i], keys, values, 0, i).reshape(heads, width)
         for i in range(length)
     ]
     q, k, v = (
@@ -277,6 +277,28 @@ def test_layers_of_several_widths_work_together(llama):
     assert blocks == [[4, 8, 8, 8], [8, 32, 8, 4]]
     assert decoder.head.bits == 32
     assert_same_logits(decoder(ids), logits(several, ids), ROUNDED)
+
+
+def test_a_compiled_block_and_its_python_say_the_same(llama):
+    model, ids, group_size = llama
+    small_model = packed(model, all_layers(model, 4), group_size)
+    compiled, by_python = Decoder(small_model), Decoder(small_model)
+    assert all(run is not matvec.one_block for run, _ in compiled.ways)
+    by_python.ways = [(matvec.one_block, block) for block in by_python.blocks]
+    assert torch.equal(compiled(ids), by_python(ids))
+
+
+def test_a_kernel_of_plain_python_is_called_from_python(small):
+    calls = []
+
+    def kernel(*arguments):
+        calls.append(arguments)
+        return matvec.matvec_packed(*arguments)
+
+    model, ids = packed(small, all_layers(small, 8), 16), torch.arange(6)[None]
+    found = Decoder(model, kernel=kernel)(ids)
+    assert len(calls) == ids.numel() * (4 * len(model.model.layers) + 1)
+    assert torch.equal(found, Decoder(model)(ids))
 
 
 @pytest.mark.parametrize("bits", [32, 4])

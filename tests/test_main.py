@@ -417,9 +417,9 @@ def test_doctor_says_how_to_get_pip_where_there_is_none(monkeypatch, tmp_path):
 
 
 def test_doctor_says_that_kernels_cannot_be_kept(monkeypatch):
-    from labkit import matvec
+    from labkit import compiling
 
-    monkeypatch.setattr(matvec, "KEPT", False)
+    monkeypatch.setattr(compiling, "KEPT", False)
     ((status, text, remedy),) = findings(doctor.check_kernels)
     assert (status, "kernels" in text, "NUMBA_CACHE_DIR" in remedy) == ("warning", True, True)
 

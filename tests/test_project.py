@@ -28,7 +28,7 @@ SOURCES = sorted(LABKIT.rglob("*.py"))
 APART = {"authoring", "exercises"}  # no notebook reads these, so they have no budget in common
 SMALL = [path for path in SOURCES if not APART & set(path.parts)]
 # The design says 4,000; texts, evaluation, W8A8, tuning, formats and refusals came on top.
-MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 5700, 350, 40
+MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 5800, 350, 40
 
 # DESIGN section 2: a module imports from its own level or a lower one.
 LEVELS = (

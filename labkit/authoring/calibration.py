@@ -32,7 +32,9 @@ METHODS = {
 TEXTS = ("reference-fit", *texts.CALIBRATION, "calibration")
 
 
-def measure(model, reference, ids: torch.Tensor | None, method: str, **grid) -> dict:
+def measure(
+    model, reference, ids: torch.Tensor | None, method: str, rate: float = 2e-3, **grid
+) -> dict:
     """Quantize a copy of a model; return seconds, and loss, KL and agreement by text and window.
 
     Args:
@@ -40,6 +42,7 @@ def measure(model, reference, ids: torch.Tensor | None, method: str, **grid) -> 
         reference: what it is held against, see `evaluation.reference`.
         ids: calibration windows, int64 `(n_windows, length)`; None for rounding.
         method: a key of `METHODS`.
+        rate: of the scales that learn, see `tuning.tune`; other methods have none.
         grid: `group_size` and `bits`; for GPTQ also `shrink`, see `ptq.quantize_block`.
     """
     quantized, start = copy.deepcopy(model), time.perf_counter()
@@ -50,7 +53,7 @@ def measure(model, reference, ids: torch.Tensor | None, method: str, **grid) -> 
         for block, inputs in ptq.calibrate(quantized, ids)
     ]
     if method.endswith("tuned"):
-        tuning.tune(quantized, grids, grid["group_size"], model, ids)
+        tuning.tune(quantized, grids, grid["group_size"], model, ids, rate=rate)
     seconds = time.perf_counter() - start
     found = {}
     for name, on in evaluation.quality(quantized, reference).items():
@@ -70,6 +73,7 @@ def run(
     n_windows: int = 128,
     length: int = 128,
     judged: tuple[int, int] = (16, 256),
+    rate: float = 2e-3,
     **grid,
 ) -> None:
     """Measure pairs of calibration text and method that a record does not hold yet, and append.
@@ -80,6 +84,7 @@ def run(
         record: one JSON line a pair.
         n_windows, length: of the calibration text.
         judged: how many windows of each evaluation text, of how many tokens.
+        rate: of the scales that learn, see `tuning.tune`.
         grid: `group_size` and `bits`, see `measure`.
     """
     model, tokenizer = models.load_model(name, device="cpu")
@@ -91,12 +96,14 @@ def run(
         task |= {"n_windows": n_windows, "length": length, "judged": list(judged)}
         if method == "rounding":
             task |= {"text": None, "n_windows": 0, "length": 0}
+        learns = {"rate": rate} if method.endswith("tuned") else {}
+        task |= learns
         if task in done:
             continue
         ids = None if task["text"] is None else data.windows(tokenizer, text, n_windows, length)
         where = f"{machine.hardware()['cpu']}, torch {torch.__version__}"
         entry = {"task": task, "where": where, "threads": torch.get_num_threads()}
-        entry |= measure(model, reference, ids, method, **grid)
+        entry |= measure(model, reference, ids, method, **learns, **grid)
         with record.open("a", encoding="utf8") as file:
             file.write(json.dumps(entry) + "\n")
         done.append(task)
@@ -112,13 +119,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--windows", type=int, default=128, help="of 128 tokens")
     parser.add_argument("--shrink", type=float, default=0.1, help="see ptq.quantize_block")
+    parser.add_argument("--rate", type=float, default=2e-3, help="see tuning.tune")
     parser.add_argument("--record", type=Path, default=RECORD)
     asked = parser.parse_args(arguments)
     kinds = [asked.text] if asked.text else TEXTS
     methods = [asked.method] if asked.method else METHODS
     pairs = [(text, method) for text in kinds for method in methods]
     grid = {"group_size": asked.group_size, "bits": asked.bits, "shrink": asked.shrink}
-    run("smollm2", pairs, asked.record, n_windows=asked.windows, **grid)
+    run("smollm2", pairs, asked.record, n_windows=asked.windows, rate=asked.rate, **grid)
 
 
 if __name__ == "__main__":

@@ -159,14 +159,14 @@ def check_fetched() -> Iterable[Finding]:
 
 def check_kernels() -> Iterable[Finding]:
     """See whether Numba can keep the kernels that it compiles, which takes it half a minute."""
-    from labkit import matvec
+    from labkit import compiling, matvec
 
-    if not matvec.KEPT:
+    if not compiling.KEPT:
         text = "kernels: nowhere to keep them, so that each notebook compiles them again"
         return [Finding("warning", text, KEEP_KERNELS)]
     place = matvec.matvec_fp32.stats.cache_path
     text = f"kernels: compiled once, then kept in {place}"
-    if Path(place).is_relative_to(matvec.TEMPORARY):
+    if Path(place).is_relative_to(compiling.TEMPORARY):
         return [Finding("warning", f"{text}, which may be emptied", KEEP_KERNELS)]
     return [Finding("ok", text)]
 

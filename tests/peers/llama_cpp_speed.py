@@ -9,10 +9,12 @@ import argparse
 import copy
 import importlib.metadata
 import json
+import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from labkit.kernels import PackedLinear
 
 PROMPT, STEPS, REPEATS = 64, 24, 7
 LONG_PROMPT, LONG_REPEATS = 256, 3
+REST = 0.3  # seconds: the threads of a program spin for a while when they have nothing to do
 FIRST_ID, STEP_ID = 1000, 11  # any tokens: the time does not depend on which
 METHODS = {"scaling": True, "clipping": True, "compensation": True, "shrink": 0.1}
 TYPES = ("Q8_0", "Q4_0", "Q4_K_M")
@@ -64,33 +67,54 @@ def convert(source: Path, path: Path, kind: str) -> None:
     writer.close()
 
 
-def server(llama, path: Path, threads: int):
-    """Start llama.cpp on a file."""
-    parameters = llama.CommonParams()
-    parameters.model.path, parameters.n_ctx, parameters.n_parallel = str(path), 1024, 1
-    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
-    parameters.verbosity = 0
-    return llama.Server(parameters)
+class LlamaCpp:
+    """llama.cpp with one file, in a process of its own.
 
+    Two programs, or two files, in one process share libgomp, which sends threads to sleep between
+    two products as soon as it counts more of them than cores: each step then took up to three times
+    as long, in llama.cpp as in our decoder.
+    """
 
-def answer(model, length: int, n_tokens: int) -> dict:
-    """Let llama.cpp read a prompt and write; return its own account of the time."""
-    options = {"temperature": 0, "ignore_eos": True, "cache_prompt": False}
-    ids = list(range(FIRST_ID, FIRST_ID + length))
-    found = model.handle_completions({"prompt": ids, "n_predict": n_tokens, **options})
-    return found["timings"]
+    server = None  # in the other process
 
+    def __init__(self, wheel: Path, path: Path, threads: int):
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self.facts = self.pool.submit(self._start, wheel, path, threads).result()
 
-def llama_step(model) -> float:
-    return answer(model, PROMPT, STEPS)["predicted_per_token_ms"] / 1e3
+    @classmethod
+    def _start(cls, wheel: Path, path: Path, threads: int) -> str:
+        sys.path.append(str(wheel))
+        import xllamacpp
 
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path, parameters.n_ctx, parameters.n_parallel = str(path), 1024, 1
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+        parameters.verbosity = 0
+        cls.server = xllamacpp.Server(parameters)
+        return xllamacpp.get_system_info()
 
-def llama_prompt(model) -> float:
-    return answer(model, LONG_PROMPT, 1)["prompt_ms"] / 1e3
+    @classmethod
+    def _answer(cls, length: int, n_tokens: int) -> dict:
+        options = {"temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        prompt = {"prompt": list(range(FIRST_ID, FIRST_ID + length)), "n_predict": n_tokens}
+        return cls.server.handle_completions(prompt | options)["timings"]
+
+    def step(self) -> float:
+        """Return the seconds of one token after a prompt, by its own account."""
+        time.sleep(REST)
+        found = self.pool.submit(self._answer, PROMPT, STEPS).result()
+        return found["predicted_per_token_ms"] / 1e3
+
+    def prompt(self) -> float:
+        """Return the seconds of a long prompt, by its own account."""
+        time.sleep(REST)
+        return self.pool.submit(self._answer, LONG_PROMPT, 1).result()["prompt_ms"] / 1e3
 
 
 def our_step(decoder: Decoder) -> float:
+    time.sleep(REST)
     decoder.length = PROMPT
+    decoder.step(STEP_ID)  # wakes the threads, as a prompt does in llama.cpp
     start = time.perf_counter()
     for _ in range(STEPS):
         decoder.step(STEP_ID)
@@ -98,6 +122,7 @@ def our_step(decoder: Decoder) -> float:
 
 
 def our_prompt(decoder: Decoder) -> float:
+    time.sleep(REST)
     start = time.perf_counter()
     decoder.prefill(range(FIRST_ID, FIRST_ID + LONG_PROMPT))
     return time.perf_counter() - start
@@ -140,13 +165,19 @@ def read_nbytes(path: Path) -> int:
     return sum(int(t.n_bytes) for t in gguf.GGUFReader(path).tensors if len(t.shape) == 2)
 
 
+def wheel_version(wheel: Path) -> str:
+    """Return the version of the wheel of llama.cpp in a folder."""
+    (found,) = importlib.metadata.distributions(name="xllamacpp", path=[str(wheel)])
+    return found.version
+
+
 def summary(clocks: dict[str, Callable], repeats: int) -> dict:
     """Time in turn; return the rounds of each, in seconds."""
     found = lk.alternate(clocks, repeats, own_clock=True)
     return {name: [float(f"{second:.4g}") for second in x.rounds] for name, x in found.items()}
 
 
-def measure(llama, source: Path, threads: int, folder: Path) -> dict:
+def measure(wheel: Path, source: Path, threads: int, folder: Path) -> dict:
     """Return the whole record."""
     torch.set_num_threads(threads)
     numba.set_num_threads(threads)
@@ -157,7 +188,7 @@ def measure(llama, source: Path, threads: int, folder: Path) -> dict:
     reference = lk.reference(model, tokenizer, n_windows=8, length=256)
     losses = {f"llama.cpp {name}": loss(from_file(files[name]), reference) for name in files}
     losses["transformers BF16"] = loss(copy.deepcopy(model).bfloat16(), reference)
-    models = {f"llama.cpp {name}": server(llama, path, threads) for name, path in files.items()}
+    theirs = {f"llama.cpp {name}": LlamaCpp(wheel, path, threads) for name, path in files.items()}
     ours = {
         "labkit INT8": our_decoder(model, 8, None),
         "labkit INT4": our_decoder(model, 4, 64),
@@ -168,9 +199,9 @@ def measure(llama, source: Path, threads: int, folder: Path) -> dict:
     losses |= {name: loss(decoder, reference) for name, decoder in ours.items()}
     for decoder in ours.values():
         decoder.prefill(range(FIRST_ID, FIRST_ID + PROMPT))
-    steps = {name: partial(llama_step, each) for name, each in models.items()}
+    steps = {name: each.step for name, each in theirs.items()}
     steps |= {name: partial(our_step, each) for name, each in ours.items()}
-    prompts = {name: partial(llama_prompt, each) for name, each in models.items()}
+    prompts = {name: each.prompt for name, each in theirs.items()}
     prompts |= {name: partial(our_prompt, each) for name, each in ours.items()}
     with torch.inference_mode():
         timed = {"seconds a token": summary(steps, REPEATS)}
@@ -180,8 +211,8 @@ def measure(llama, source: Path, threads: int, folder: Path) -> dict:
         "date": time.strftime("%Y-%m-%d"),
         "cpu": lk.hardware()["cpu"],
         "threads": threads,
-        "xllamacpp": importlib.metadata.version("xllamacpp"),
-        "llama.cpp": llama.get_system_info(),
+        "xllamacpp": wheel_version(wheel),
+        "llama.cpp": theirs["llama.cpp Q4_1"].facts,
         "labkit": {
             "numba": numba.__version__,
             "compiled for": numba.core.config.CPU_NAME or "host",
@@ -200,9 +231,6 @@ if __name__ == "__main__":
     parser.add_argument("path", type=Path, help="the GGUF file")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    sys.path.append(str(arguments.wheel))
-    import xllamacpp
-
     with tempfile.TemporaryDirectory() as folder:
-        record = measure(xllamacpp, arguments.path, arguments.threads, Path(folder))
+        record = measure(arguments.wheel, arguments.path, arguments.threads, Path(folder))
     sys.stdout.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")

@@ -12,11 +12,11 @@ UID = getattr(os, "getuid", int)()
 LABKIT = Path(__file__).parent.parent / "labkit"
 CODE = """
 import numpy as np
-from labkit import matvec
+from labkit import compiling, matvec
 from labkit.authoring import doctor
 y = matvec.swiglu(np.array([0, 1, 3, 4], np.float32))
 assert np.allclose(y, [0, 4 / (1 + np.exp(-1))]), y
-print(matvec.KEPT, matvec.swiglu.stats.cache_path or "nowhere")
+print(compiling.KEPT, matvec.swiglu.stats.cache_path or "nowhere")
 for status, text, remedy in doctor.check_kernels():
     print(status, remedy or text)
 """
