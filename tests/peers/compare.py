@@ -1,8 +1,9 @@
 """Score what the other libraries wrote, beside the float model and labkit, and write `ptq.json`.
 
-    python tests/peers/compare.py OUT [--windows 16]
+    python tests/peers/compare.py OUT [--windows 16] [--add]
 
-Runs in the environment of the workbook. OUT is the folder of `quantize_with.py`.
+Runs in the environment of the workbook. OUT is the folder of `quantize_with.py`. With `--add`, what
+is new in OUT joins the record, beside labkit's best method scored again.
 """
 
 import argparse
@@ -75,15 +76,15 @@ def mean_loss(quality) -> float:
     return sum(on.loss.value for on in quality.values()) / len(quality)
 
 
-def score_everything(out: Path, n_windows: int, group_size: int) -> tuple:
-    """Score labkit's methods and every result in a folder of that group size."""
+def score_everything(out: Path, n_windows: int, group_size: int, methods) -> tuple:
+    """Score methods of labkit and every result in a folder of that group size."""
     model, tokenizer = lk.load_model("smollm2", "cpu")
     reference = lk.reference(model, tokenizer, n_windows, LENGTH)
     scores, facts = {}, {}
     calibration = lk.windows(tokenizer, "calibration", CALIBRATION, LENGTH)
-    for name, options in OURS.items():
+    for name in methods:
         tuned = name == "labkit-tuned"
-        quantized, facts[name] = quantize_ours(model, calibration, group_size, options, tuned)
+        quantized, facts[name] = quantize_ours(model, calibration, group_size, OURS[name], tuned)
         scores[name] = lk.quality(quantized, reference)
         print(name, scores[name], sep="\n", flush=True)
     for path in sorted(out.glob("*.safetensors")):
@@ -95,9 +96,9 @@ def score_everything(out: Path, n_windows: int, group_size: int) -> tuple:
     return reference, scores, facts
 
 
-def compare(out: Path, n_windows: int, group_size: int) -> dict:
+def compare(out: Path, n_windows: int, group_size: int, methods=tuple(OURS)) -> dict:
     """Return the whole record."""
-    reference, scores, facts = score_everything(out, n_windows, group_size)
+    reference, scores, facts = score_everything(out, n_windows, group_size, methods)
     rows = [
         {
             "name": name,
@@ -126,13 +127,35 @@ def compare(out: Path, n_windows: int, group_size: int) -> dict:
     }
 
 
+def joined(old: dict, new: dict) -> dict:
+    """Return an old record with what a new one has beside labkit's best, which both have.
+
+    Raises:
+        ValueError: if they were judged on different texts.
+    """
+    for fact in ("texts", "float32"):
+        if old[fact] != new[fact]:
+            raise ValueError(f"{fact}: the record has {old[fact]}, the new one {new[fact]}")
+    names = {row["name"] for row in new["records"]} - {BEST}
+    rows = [row for row in old["records"] if row["name"] not in names]
+    rows += [row for row in new["records"] if row["name"] in names]
+    order = sorted(rows, key=lambda row: sum(on["loss"][0] for on in row["on"].values()))
+    return old | {"date": new["date"], "records": order}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="what quantize_with.py wrote")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--write", type=Path, default=Path(__file__).with_name("ptq.json"))
+    parser.add_argument("--add", action="store_true", help="to the record that there is")
     arguments = parser.parse_args()
-    results = compare(arguments.out, arguments.windows, arguments.group_size)
+    asked = arguments.out, arguments.windows, arguments.group_size
+    if arguments.add:
+        before = json.loads(arguments.write.read_text(encoding="utf8"))
+        results = joined(before, compare(*asked, (BEST,)))
+    else:
+        results = compare(*asked)
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
     arguments.write.write_text(text, encoding="utf8")
