@@ -182,8 +182,7 @@ def span_sums(x, group_size):
 def tile_product(y, words, bits, scale, zero_point, pairs, sums, group_size):
     """Write the products of the 64 rows of one tile to y `(64,)`, for activations of scale 1."""
     dots, per_word = np.empty(TILE, np.int32), 32 // bits
-    for row in range(TILE):
-        y[row] = 0
+    y[:] = 0
     for group in range(len(sums)):
         ask_for(scale[group])  # both are needed when the words of the group are done
         ask_for(zero_point[group])
@@ -338,7 +337,7 @@ def compiled_block(kernel):
     to `inputs`, and `bias` is `(out,)` or empty.
     """
 
-    @njit
+    @njit  # as `Product` does it; a kernel that came as an argument would keep Numba from caching
     def by_kernel(x, layer):
         words, bits, scale, zero_point, group_size, inputs, out, bias = layer
         if x.size < inputs:
