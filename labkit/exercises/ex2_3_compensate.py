@@ -96,13 +96,20 @@ def _factor_of_inverse(hessian):
 
 
 def _compensate(
-    weight, hessian, scale, spread=_factor_of_inverse, current=True, error_of=None, divided=True
+    weight,
+    hessian,
+    scale,
+    spread=_factor_of_inverse,
+    current=True,
+    error_of=None,
+    divided=True,
+    to_code=torch.round,
 ):
     left, rounded = weight.clone(), torch.zeros_like(weight)
     factor, minuend = spread(hessian), left if error_of is None else error_of
     for j in range(weight.shape[1]):
         column = left[:, j] if current else weight[:, j]
-        rounded[:, j] = (column / scale[:, 0]).round().clamp(-7, 7) * scale[:, 0]
+        rounded[:, j] = to_code(column / scale[:, 0]).clamp(-7, 7) * scale[:, 0]
         error = (minuend[:, j] - rounded[:, j]) / (factor[j, j] if divided else 1)
         left[:, j + 1 :] -= torch.outer(error, factor[j, j + 1 :])
     return rounded
@@ -146,6 +153,11 @@ def not_divided_by_the_diagonal(weight, hessian, scale):
     return _compensate(weight, hessian, scale, divided=False)
 
 
+def digits_cut_off(weight, hessian, scale):
+    """Truncates where it should round."""
+    return _compensate(weight, hessian, scale, to_code=torch.trunc)
+
+
 def error_of_the_original(weight, hessian, scale):
     """Rounds the corrected column, and takes the error from the original one."""
     return _compensate(weight, hessian, scale, error_of=weight)
@@ -187,6 +199,7 @@ _WRONG = (
         not_divided_by_the_diagonal,
         "the error of a column is divided by the factor's diagonal entry",
     ),
+    (digits_cut_off, "round to the nearest code: a cast to integers, or trunc, cuts digits off"),
     (error_of_the_original, "the error is what rounding does to `left`, not to the original"),
     (
         inverse_without_its_factor,

@@ -71,11 +71,15 @@ def _examine(weight, x, alphas, quantize, got) -> str | None:
     least = min(errors)
     first = errors.index(least)
     for place, (factor, error) in enumerate(zip(factors, errors, strict=True)):
-        ratio = got.double() / factor  # a factor for all channels alike changes nothing
+        ratio = got.double() / factor
         if torch.allclose(ratio, ratio[:1].expand_as(ratio), rtol=1e-3) and (got > 0).all():
             late = error == least and place > first
             if error <= least * (1 + 1e-4) and not late:
-                return None
+                times = ratio.mean().item()
+                if abs(times - 1) <= 1e-3:
+                    return None
+                wanted = f"the factor of the exponent {show(alphas[place])}"
+                return f"{written} returns {show(times)} times {wanted}, expected {wanted} as it is"
             why = ", the first of equals" * late
             best, yours = alphas[first], alphas[place]
             return f"{written} takes the exponent {show(yours)}, expected {show(best)}{why}"
@@ -221,6 +225,17 @@ def searched_when_centered(weight, x, alphas, quantize):
     return _search(weight, x, alphas, quantize, power=_centered)
 
 
+def centered_at_the_end(weight, x, alphas, quantize):
+    """Centers the factor that it returns on 1, as AWQ's code does."""
+    return _centered(_search(weight, x, alphas, quantize), 1)
+
+
+def divided_by_its_mean(weight, x, alphas, quantize):
+    """Divides the factor that it returns by its mean."""
+    factor = _search(weight, x, alphas, quantize)
+    return factor / factor.mean()
+
+
 def largest_error(weight, x, alphas, quantize):
     """Keeps the exponent with the largest error."""
     return _search(weight, x, alphas, quantize, worst=True)
@@ -294,6 +309,8 @@ _WRONG = (
         "square the differences: the task asks for the mean square, not the mean magnitude",
     ),
     (exponent_exchanged, "channels with large activations get the larger factor, not the smaller"),
+    (centered_at_the_end, "return the factor that was searched: this one is centered afterwards"),
+    (divided_by_its_mean, "return the factor that was searched, not divided by its mean"),
     (
         searched_when_centered,
         "round with the factor as it is: a grid of fixed steps sees a centered one",
@@ -319,16 +336,15 @@ def factor_channel_by_channel(weight, x, alphas, quantize):
     return best
 
 
-def centered_factor(weight, x, alphas, quantize):
-    """Centers the factor on 1 and measures by the Hessian, as AWQ's code does."""
+def factor_by_hessian(weight, x, alphas, quantize):
+    """Measures by the Hessian, as the chapter does."""
     hessian, mean = x.T @ x, x.abs().mean(0).clamp_min(1e-5)
     found = []
     for alpha in alphas:
         factor = mean.pow(alpha)
         error = quantize(weight * factor) / factor - weight
         found.append((((error @ hessian) * error).sum().item(), factor))
-    factor = min(found, key=lambda pair: pair[0])[1]
-    return factor / (factor.max() * factor.min()).sqrt()
+    return min(found, key=lambda pair: pair[0])[1]
 
 
 EXERCISE = Exercise(
@@ -340,5 +356,5 @@ EXERCISE = Exercise(
     check=_check,
     takeaway="One number is searched, so there is little that a text could teach wrongly.",
     wrong_answers=_WRONG,
-    variants=(factor_channel_by_channel, centered_factor),
+    variants=(factor_channel_by_channel, factor_by_hessian),
 )

@@ -161,6 +161,20 @@ def scale_of_the_largest(weight, levels, block_size):
     )
 
 
+def scale_with_a_sign(weight, levels, block_size):
+    """Takes the value of the largest magnitude with its sign."""
+    blocks = weight.unflatten(1, (-1, block_size))
+    scale = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    return _nf4(weight, levels, block_size, scale=scale)
+
+
+def scale_in_half(weight, levels, block_size):
+    """Rounds the scale to float16."""
+    blocks = weight.unflatten(1, (-1, block_size))
+    scale = blocks.abs().amax(-1, keepdim=True).half().float()
+    return _nf4(weight, levels, block_size, scale=scale)
+
+
 def zero_block_gets_a_scale(weight, levels, block_size):
     """Adds a little to every scale, and returns that."""
     blocks = weight.unflatten(1, (-1, block_size))
@@ -196,6 +210,8 @@ _WRONG = (
     (scale_before_codes, _SWAPPED),
     (scale_of_the_row, "every block has a scale of its own"),
     (scale_of_the_largest, "the scale is the largest magnitude: the block may peak below zero"),
+    (scale_with_a_sign, "the scale is a magnitude: abs() before the largest is taken"),
+    (scale_in_half, "the scale stays in float32: float16 keeps 11 bits of it"),
     (zero_block_divides, "a block of zeros has the scale 0, and 0 / 0 is NaN"),
     (standard_deviations, "the levels reach from −1 to 1: divide by the largest magnitude"),
 )

@@ -77,6 +77,16 @@ def new_token_read_too(weight_nbytes, cache_nbytes_per_token, length, bandwidth)
     return bandwidth / (weight_nbytes + cache_nbytes_per_token * (length + 1))
 
 
+def new_token_counted(weight_nbytes, cache_nbytes_per_token, length, bandwidth):
+    """Reads the cache of length − 1 tokens."""
+    return bandwidth / (weight_nbytes + cache_nbytes_per_token * (length - 1))
+
+
+def half_of_the_cache(weight_nbytes, cache_nbytes_per_token, length, bandwidth):
+    """Reads half of the cache, its mean over the steps so far."""
+    return bandwidth / (weight_nbytes + cache_nbytes_per_token * length / 2)
+
+
 def fraction_dropped(weight_nbytes, cache_nbytes_per_token, length, bandwidth):
     """Divides with //."""
     return bandwidth // (weight_nbytes + cache_nbytes_per_token * length)
@@ -105,6 +115,11 @@ _WRONG = (
         "the cache bytes of a token are those of its key and value: do not double",
     ),
     (new_token_read_too, "the cache holds the length tokens before, not the new one as well"),
+    (new_token_counted, "length counts the tokens before the new one: all of them are read"),
+    (
+        half_of_the_cache,
+        "length is that of this step, not of the last one: the whole cache is read",
+    ),
     (fraction_dropped, "the fraction of a token is dropped: divide with /, and keep the float"),
     (bits_read, "sizes and bandwidth are both in bytes: no factor of 8"),
 )

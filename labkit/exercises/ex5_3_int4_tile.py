@@ -131,6 +131,11 @@ def zero_point_forgotten(words, scale, zero_point, x, group_size):
     return _product(_codes(words), scale, np.zeros_like(zero_point), x, group_size)
 
 
+def zero_point_of_the_middle(words, scale, zero_point, x, group_size):
+    """Subtracts 8, as for symmetric codes."""
+    return _product(_codes(words), scale, np.full_like(zero_point, 8), x, group_size)
+
+
 def zero_point_unscaled(words, scale, zero_point, x, group_size):
     """Subtracts the zero point after scaling."""
     weight = _codes(words) * _spread(scale, group_size) - _spread(zero_point, group_size)
@@ -215,6 +220,7 @@ _WRONG = (
     (unmasked, "mask the code with & 15: later ones still sit above it"),
     (shifted_by_place, "a code has four bits: shift by 4 * place"),
     (zero_point_forgotten, "subtract the zero point from the codes"),
+    (zero_point_of_the_middle, "the zero point is not always 8: each group of a row has its own"),
     (zero_point_unscaled, "the zero point is a code: subtract it before you scale"),
     (zero_point_once, "each code has its zero point subtracted: times the sum of x, not once"),
     (wrapped_below_zero, "unsigned, 3 - 8 wraps to 4294967291: convert before you subtract"),
@@ -230,7 +236,11 @@ _WRONG = (
     (first_row_for_all, "each row has its own scale and zero point"),
     (groups_of_words, "a group is counted in inputs, and a word holds eight of them"),
     (last_group_only, "the groups add up: += and not ="),
-    (in_float64, "expected a float32 array"),
+    (
+        in_float64,
+        "NumPy computes in float64 unless told otherwise: np.zeros(rows, np.float32), or "
+        ".astype(np.float32) at the end",
+    ),
 )
 
 

@@ -275,7 +275,11 @@ _WRONG = (
     (smallest_times, "one lucky call decides a minimum: take the median"),
     (trimmed_means, "a mean without two extremes still counts other odd calls: take the median"),
     (mean_of_ratios, "odd calls move a mean of ratios: take the median of each, then divide"),
-    (median_of_ratios, "take the median of each first, and divide once"),
+    (
+        median_of_ratios,
+        "the median of the rounds' ratios is a fair number too, but another one: here take the "
+        "median of each, then divide",
+    ),
     (upper_median, "of an even number of times the median is the mean of the two middle ones"),
     (warm_up_each_round, "one call of each before the first round is enough"),
     (only_warmed_up, "warm is not enough: the order and the mean still favor one side"),
