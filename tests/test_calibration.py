@@ -53,6 +53,33 @@ def test_tuning_comes_after_all_three(tmp_path):
     assert sum(other) < sum(one)
 
 
+def test_a_mixture_holds_as_many_windows_of_each_kind_as_it_says(tmp_path):
+    path, mix = tmp_path / "record.jsonl", {"code": 3, "self-written": 1}
+    calibration.run("tiny", [("calibration", "GPTQ")], path, **SMALL, mix=mix)
+    task = json.loads(path.read_text())["task"]
+    assert (task["mix"], task["n_windows"]) == (mix, 4)
+    _, tokenizer = lk.load_model("tiny", device="cpu")
+    kinds = {kind: lk.windows(tokenizer, kind, n, 32).tolist() for kind, n in mix.items()}
+    found = calibration._windows(tokenizer, task).tolist()
+    assert sorted(found) == sorted(window for kind in kinds.values() for window in kind)
+    assert found != [window for kind in kinds.values() for window in kind]  # in no order of kinds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mix", "novels=3"], "'novels=3' is not KIND=WINDOWS"),
+        (["--mix", "code"], "'code' is not KIND=WINDOWS"),
+        (["--mix", "code=0"], "'code=0' is not KIND=WINDOWS"),
+        (["--mix", "code=4", "--text", "code"], "--mix: goes with --text calibration alone"),
+    ],
+)
+def test_a_mixture_that_says_nothing_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        calibration.main(arguments)
+    assert message in capsys.readouterr().err
+
+
 def test_the_command_line_names_what_there_is(capsys):
     with pytest.raises(SystemExit):
         calibration.main(["--text", "novels"])

@@ -9,7 +9,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -74,6 +74,7 @@ def run(
     length: int = 128,
     judged: tuple[int, int] = (16, 256),
     rate: float = 2e-3,
+    mix: Mapping[str, int] | None = None,
     **grid,
 ) -> None:
     """Measure pairs of calibration text and method that a record does not hold yet, and append.
@@ -85,6 +86,7 @@ def run(
         n_windows, length: of the calibration text.
         judged: how many windows of each evaluation text, of how many tokens.
         rate: of the scales that learn, see `tuning.tune`.
+        mix: in place of as many windows of each kind in `"calibration"`: how many of which.
         grid: `group_size` and `bits`, see `measure`.
     """
     model, tokenizer = models.load_model(name, device="cpu")
@@ -96,11 +98,13 @@ def run(
         task |= {"n_windows": n_windows, "length": length, "judged": list(judged)}
         if method == "rounding":
             task |= {"text": None, "n_windows": 0, "length": 0}
+        elif mix and text == "calibration":
+            task |= {"mix": dict(mix), "n_windows": sum(mix.values())}
         learns = {"rate": rate} if method.endswith("tuned") else {}
         task |= learns
         if task in done:
             continue
-        ids = None if task["text"] is None else data.windows(tokenizer, text, n_windows, length)
+        ids = None if task["text"] is None else _windows(tokenizer, task)
         where = f"{machine.hardware()['cpu']}, torch {torch.__version__}"
         entry = {"task": task, "where": where, "threads": torch.get_num_threads()}
         entry |= measure(model, reference, ids, method, **learns, **grid)
@@ -108,6 +112,22 @@ def run(
             file.write(json.dumps(entry) + "\n")
         done.append(task)
         print(json.dumps(entry), flush=True)
+
+
+def _windows(tokenizer, task: dict) -> torch.Tensor:
+    if "mix" not in task:
+        return data.windows(tokenizer, task["text"], task["n_windows"], task["length"])
+    kinds = [data.windows(tokenizer, kind, n, task["length"]) for kind, n in task["mix"].items()]
+    ids = torch.cat(kinds)
+    return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+
+
+def _share(argument: str) -> tuple[str, int]:
+    kind, _, number = argument.partition("=")
+    if kind not in texts.CALIBRATION or not number.isdigit() or int(number) < 1:
+        known = ", ".join(texts.CALIBRATION)
+        raise argparse.ArgumentTypeError(f"{argument!r} is not KIND=WINDOWS, KIND one of {known}")
+    return kind, int(number)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -118,15 +138,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--windows", type=int, default=128, help="of 128 tokens")
+    help = "KIND=WINDOWS: so many windows of each kind, in place of --windows"
+    parser.add_argument("--mix", type=_share, nargs="+", default=[], help=help)
+    parser.add_argument("--judged", type=int, default=16, help="windows of 256 tokens of each text")
     parser.add_argument("--shrink", type=float, default=0.1, help="see ptq.quantize_block")
     parser.add_argument("--rate", type=float, default=2e-3, help="see tuning.tune")
     parser.add_argument("--record", type=Path, default=RECORD)
     asked = parser.parse_args(arguments)
+    if asked.mix and asked.text != "calibration":
+        parser.error("argument --mix: goes with --text calibration alone")
     kinds = [asked.text] if asked.text else TEXTS
     methods = [asked.method] if asked.method else METHODS
     pairs = [(text, method) for text in kinds for method in methods]
     grid = {"group_size": asked.group_size, "bits": asked.bits, "shrink": asked.shrink}
-    run("smollm2", pairs, asked.record, n_windows=asked.windows, rate=asked.rate, **grid)
+    sizes = {"n_windows": asked.windows, "judged": (asked.judged, 256), "mix": dict(asked.mix)}
+    run("smollm2", pairs, asked.record, rate=asked.rate, **sizes, **grid)
 
 
 if __name__ == "__main__":
