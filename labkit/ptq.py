@@ -46,7 +46,8 @@ class Inputs:
             share: of each entry of the Hessian off its diagonal, 0 to 1, else ValueError; it goes.
                 1 leaves a diagonal, with which GPTQ is rounding to nearest.
 
-        Source: after Ledoit and Wolf, "Honey, I Shrunk the Sample Covariance Matrix", 2004.
+        Source: Schäfer and Strimmer, "A Shrinkage Approach to Large-Scale Covariance Matrix
+            Estimation", 2005 (the target with unequal variances).
         """
         if not 0 <= share <= 1:
             raise ValueError(f"share must be from 0 to 1, not {share}")

@@ -1,8 +1,10 @@
 """The study of calibration text: what it measures, and what it leaves alone."""
 
+import copy
 import json
 
 import pytest
+import torch
 
 import labkit as lk
 from labkit.authoring import calibration
@@ -63,6 +65,26 @@ def test_a_mixture_holds_as_many_windows_of_each_kind_as_it_says(tmp_path):
     found = calibration._windows(tokenizer, task).tolist()
     assert sorted(found) == sorted(window for kind in kinds.values() for window in kind)
     assert found != [window for kind in kinds.values() for window in kind]  # in no order of kinds
+
+
+@pytest.mark.parametrize("first", [0.0, 3.0])
+def test_first_tokens_count_as_often_as_asked(first):
+    model, tokenizer = lk.load_model("tiny", device="cpu")
+    ids = lk.windows(tokenizer, "code", 6, 32)
+    given = {}
+
+    def keep(layer, arguments):
+        given[layer] = torch.cat([given[layer], arguments[0]]) if layer in given else arguments[0]
+
+    weighed = [inputs for _, inputs in calibration._calibrate(copy.deepcopy(model), ids, first)]
+    for block in model.model.layers:
+        block.mlp.up_proj.register_forward_pre_hook(keep)
+    model(ids)
+    for block, inputs in zip(model.model.layers, weighed, strict=True):
+        x = given[block.mlp.up_proj].detach()
+        x[:, 0] *= first**0.5
+        expected = x.flatten(0, 1).T @ x.flatten(0, 1) / ids.numel()
+        assert torch.allclose(inputs["mlp"].hessian, expected, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(

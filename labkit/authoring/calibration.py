@@ -7,6 +7,7 @@ which takes hours.
 
 import argparse
 import copy
+import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from labkit import data, evaluation, machine, models, ptq, texts, tuning
+from labkit.blocks import LINEARS
 
 RECORD = Path(__file__).parents[2] / "notebooks" / "records" / "02_calibration.jsonl"
 METHODS = {
@@ -33,7 +35,13 @@ TEXTS = ("reference-fit", *texts.CALIBRATION, "calibration")
 
 
 def measure(
-    model, reference, ids: torch.Tensor | None, method: str, rate: float = 2e-3, **grid
+    model,
+    reference,
+    ids: torch.Tensor | None,
+    method: str,
+    rate: float = 2e-3,
+    first: float = 1.0,
+    **grid,
 ) -> dict:
     """Quantize a copy of a model; return seconds, and loss, KL and agreement by text and window.
 
@@ -43,6 +51,7 @@ def measure(
         ids: calibration windows, int64 `(n_windows, length)`; None for rounding.
         method: a key of `METHODS`.
         rate: of the scales that learn, see `tuning.tune`; other methods have none.
+        first: weight of each window's first token in the Hessians; that of the others is 1.
         grid: `group_size` and `bits`; for GPTQ also `shrink`, see `ptq.quantize_block`.
     """
     quantized, start = copy.deepcopy(model), time.perf_counter()
@@ -50,7 +59,7 @@ def measure(
         ids = next(iter(reference.ids.values()))[:1]  # statistics that nothing uses
     grids = [
         ptq.quantize_block(block, inputs, **grid, **METHODS[method])
-        for block, inputs in ptq.calibrate(quantized, ids)
+        for block, inputs in _calibrate(quantized, ids, first)
     ]
     if method.endswith("tuned"):
         tuning.tune(quantized, grids, grid["group_size"], model, ids, rate=rate)
@@ -60,6 +69,36 @@ def measure(
         estimates = {"loss": on.loss, "kl": on.kl, "same": on.same}
         found[name] = {key: _by_window(estimate) for key, estimate in estimates.items()}
     return {"seconds": round(seconds, 1), "peak_nbytes": machine.peak_nbytes(), "on": found}
+
+
+def _calibrate(model, ids: torch.Tensor, first: float):
+    # What `ptq.calibrate` yields, with another weight of first tokens. Their x xᵀ is summed up
+    # beside it, when a block reads the windows for the first time: then it is not yet quantized.
+    if first == 1:
+        yield from ptq.calibrate(model, ids)
+        return
+    seen = {}
+
+    def watch(layer, arguments):
+        read, gram = seen.get(layer, (0, 0))
+        whole = arguments[0].shape[1] == ids.shape[1]  # not the two tokens that check the wiring
+        if whole and read < len(ids):
+            x = arguments[0][:, 0]
+            seen[layer] = read + len(x), gram + x.T @ x
+
+    hooks = [
+        block.get_submodule(layers[0]).register_forward_pre_hook(watch)
+        for block in model.model.layers
+        for layers in LINEARS.values()
+    ]
+    for block, inputs in ptq.calibrate(model, ids):
+        for name, layers in LINEARS.items():
+            _, gram = seen[block.get_submodule(layers[0])]
+            added = (first - 1) * gram / ids.numel()
+            inputs[name] = dataclasses.replace(inputs[name], hessian=inputs[name].hessian + added)
+        yield block, inputs
+    for hook in hooks:
+        hook.remove()
 
 
 def _by_window(estimate: evaluation.Estimate) -> list[float]:
@@ -74,6 +113,7 @@ def run(
     length: int = 128,
     judged: tuple[int, int] = (16, 256),
     rate: float = 2e-3,
+    first: float = 1.0,
     mix: Mapping[str, int] | None = None,
     **grid,
 ) -> None:
@@ -86,6 +126,7 @@ def run(
         n_windows, length: of the calibration text.
         judged: how many windows of each evaluation text, of how many tokens.
         rate: of the scales that learn, see `tuning.tune`.
+        first: weight of first tokens, see `measure`.
         mix: in place of as many windows of each kind in `"calibration"`: how many of which.
         grid: `group_size` and `bits`, see `measure`.
     """
@@ -101,13 +142,13 @@ def run(
         elif mix and text == "calibration":
             task |= {"mix": dict(mix), "n_windows": sum(mix.values())}
         learns = {"rate": rate} if method.endswith("tuned") else {}
-        task |= learns
+        task |= learns | ({"first": first} if first != 1 else {})
         if task in done:
             continue
         ids = None if task["text"] is None else _windows(tokenizer, task)
         where = f"{machine.hardware()['cpu']}, torch {torch.__version__}"
         entry = {"task": task, "where": where, "threads": torch.get_num_threads()}
-        entry |= measure(model, reference, ids, method, **learns, **grid)
+        entry |= measure(model, reference, ids, method, first=first, **learns, **grid)
         with record.open("a", encoding="utf8") as file:
             file.write(json.dumps(entry) + "\n")
         done.append(task)
@@ -137,12 +178,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", choices=METHODS, help="default: all of them")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--windows", type=int, default=128, help="of 128 tokens")
+    parser.add_argument("--windows", type=int, default=128, help="for calibration")
+    parser.add_argument("--length", type=int, default=128, help="of these windows, in tokens")
     help = "KIND=WINDOWS: so many windows of each kind, in place of --windows"
     parser.add_argument("--mix", type=_share, nargs="+", default=[], help=help)
     parser.add_argument("--judged", type=int, default=16, help="windows of 256 tokens of each text")
     parser.add_argument("--shrink", type=float, default=0.1, help="see ptq.quantize_block")
     parser.add_argument("--rate", type=float, default=2e-3, help="see tuning.tune")
+    parser.add_argument("--first", type=float, default=1.0, help="weight of first tokens in H")
     parser.add_argument("--record", type=Path, default=RECORD)
     asked = parser.parse_args(arguments)
     if asked.mix and asked.text != "calibration":
@@ -151,8 +194,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     methods = [asked.method] if asked.method else METHODS
     pairs = [(text, method) for text in kinds for method in methods]
     grid = {"group_size": asked.group_size, "bits": asked.bits, "shrink": asked.shrink}
-    sizes = {"n_windows": asked.windows, "judged": (asked.judged, 256), "mix": dict(asked.mix)}
-    run("smollm2", pairs, asked.record, rate=asked.rate, **sizes, **grid)
+    sizes = {"n_windows": asked.windows, "length": asked.length, "judged": (asked.judged, 256)}
+    run(
+        "smollm2",
+        pairs,
+        asked.record,
+        rate=asked.rate,
+        first=asked.first,
+        mix=dict(asked.mix),
+        **sizes,
+        **grid,
+    )
 
 
 if __name__ == "__main__":
