@@ -94,9 +94,11 @@ def test_first_tokens_count_as_often_as_asked(first):
         (["--mix", "code"], "'code' is not KIND=WINDOWS"),
         (["--mix", "code=0"], "'code=0' is not KIND=WINDOWS"),
         (["--mix", "code=4", "--text", "code"], "--mix: goes with --text calibration alone"),
+        (["--first", "-1"], "--first: must be a weight of 0 or more, not -1.0"),
+        (["--first", "nan"], "--first: must be a weight of 0 or more, not nan"),
     ],
 )
-def test_a_mixture_that_says_nothing_is_refused(arguments, message, capsys):
+def test_options_that_say_nothing_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         calibration.main(arguments)
     assert message in capsys.readouterr().err

@@ -180,8 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--windows", type=int, default=128, help="for calibration")
     parser.add_argument("--length", type=int, default=128, help="of these windows, in tokens")
-    help = "KIND=WINDOWS: so many windows of each kind, in place of --windows"
-    parser.add_argument("--mix", type=_share, nargs="+", default=[], help=help)
+    mixture = "KIND=WINDOWS: so many windows of each kind, in place of --windows"
+    parser.add_argument("--mix", type=_share, nargs="+", default=[], help=mixture)
     parser.add_argument("--judged", type=int, default=16, help="windows of 256 tokens of each text")
     parser.add_argument("--shrink", type=float, default=0.1, help="see ptq.quantize_block")
     parser.add_argument("--rate", type=float, default=2e-3, help="see tuning.tune")
@@ -190,6 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     if asked.mix and asked.text != "calibration":
         parser.error("argument --mix: goes with --text calibration alone")
+    if not 0 <= asked.first < float("inf"):
+        parser.error(f"argument --first: must be a weight of 0 or more, not {asked.first}")
     kinds = [asked.text] if asked.text else TEXTS
     methods = [asked.method] if asked.method else METHODS
     pairs = [(text, method) for text in kinds for method in methods]
